@@ -1,0 +1,3 @@
+"""Reasoning trees: text, trajectories, units, tries, packed rows (torch and numpy alone)."""
+
+__all__: list[str] = []
