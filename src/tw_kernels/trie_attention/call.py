@@ -1,0 +1,236 @@
+"""One validated request for trie attention: what every implementation receives.
+
+Shapes: N rows of the packed trie, H query heads, Hkv key heads (H % Hkv == 0), D and Dv head dimensions.
+
+Meaning, the same for every implementation: query i meets key j when
+
+    j <= i < subtree_end[j]                       j is i or an ancestor of i
+    depth[i] - depth[j] < window                  only with a window; it counts the row itself, so window=1 is the row alone
+
+with logits scale * (q_i . k_j), then softcap * tanh(logits / softcap) when there is a softcap. The softmax runs over the logits met and,
+with sinks, one more logit sinks[h] that carries no value. lse (H, N) is the natural logarithm of that whole sum, the sink included.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tw_core.errors import ShapeError, TrieError
+from tw_core.masks import subtree_end_from_depth
+
+if TYPE_CHECKING:
+    from tw_kernels.trie_attention.plan import BlockPlan
+
+# TW_DEBUG=1 in the environment at import makes every implementation check that subtree_end is a forest (one host synchronisation a call);
+# impl="reference" always does.
+DEBUG = os.environ.get("TW_DEBUG", "") not in ("", "0")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """Validated arguments of one call; build it with `AttentionCall.build`.
+
+    Attributes:
+        q: Queries. Shape (N, H, D), stride(-1) == 1.
+        k: Keys. Shape (N, Hkv, D), dtype and device of `q`, stride(-1) == 1.
+        v: Values. Shape (N, Hkv, Dv), dtype and device of `q`, stride(-1) == 1.
+        subtree_end: One past the last row of each row's subtree. Shape (N,), int32, contiguous.
+        depth: Distance from the root. Shape (N,), int32, contiguous; None without a window.
+        scale: Logit scale.
+        window: Rows that a query sees along its path, itself included; None for all.
+        softcap: Logit cap; None for none.
+        sinks: One extra logit a head. Shape (H,), a float dtype; None for none.
+        deterministic: Whether the backward must be bitwise repeatable.
+        plan: `make_plan(subtree_end)`, or None to let the implementation build what it needs.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    subtree_end: Tensor
+    depth: Tensor | None
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    deterministic: bool
+    plan: BlockPlan | None
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.q.shape[0]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @classmethod
+    def build(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        subtree_end: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        deterministic: bool | None = None,
+        plan: BlockPlan | None = None,
+    ) -> AttentionCall:
+        """Validate the arguments of `trie_attention` and fill in its defaults (see there)."""
+        q, k, v = _autocast(q, k, v)
+        _check_qkv(q, k, v)
+        n, num_heads, head_dim = q.shape
+        subtree_end = _check_rows("subtree_end", subtree_end, n, q.device)
+        depth = None
+        if position_ids is not None:
+            position_ids = _check_rows("position_ids", position_ids, n, q.device)
+        if window is not None:
+            if isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 1:
+                raise ValueError(
+                    f"window must be an int >= 1 (1 is the row alone), got {window!r}; pass None for no window"
+                )
+            depth = depth_from_subtree_end(subtree_end) if position_ids is None else position_ids
+        if scale is not None and not scale == scale:
+            raise ValueError("scale must be a number, got nan; pass None for 1 / sqrt(D)")
+        if softcap is not None and not 0.0 < softcap < float("inf"):
+            raise ValueError(f"softcap must be a positive number, got {softcap!r}; pass None for no cap")
+        if sinks is not None:
+            _check_sinks(sinks, num_heads, q.device)
+        call = cls(
+            q=q,
+            k=k,
+            v=v,
+            subtree_end=subtree_end,
+            depth=depth,
+            scale=head_dim**-0.5 if scale is None else float(scale),
+            window=window,
+            softcap=None if softcap is None else float(softcap),
+            sinks=sinks,
+            deterministic=torch.are_deterministic_algorithms_enabled()
+            if deterministic is None
+            else bool(deterministic),
+            plan=plan,
+        )
+        if DEBUG:
+            check_forest(call.subtree_end, position_ids)
+        return call
+
+    def with_tensors(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionCall:
+        """The same request on other queries, keys and values."""
+        return replace(self, q=q, k=k, v=v)
+
+
+def depth_from_subtree_end(subtree_end: Tensor) -> Tensor:
+    """Depth of each row: the rows before it less those whose subtree has ended. (N,) int32 -> (N,) int32, without a host synchronisation."""
+    rows = torch.arange(subtree_end.shape[0], dtype=torch.int32, device=subtree_end.device)
+    ended = torch.searchsorted(subtree_end.sort().values, rows, right=True, out_int32=True)
+    return rows - ended
+
+
+def check_forest(subtree_end: Tensor, depth: Tensor | None = None) -> None:
+    """Raise `TrieError` unless `subtree_end` is that of a forest in preorder (and `depth` rises by one from parent to child).
+
+    Costs one sort and a host synchronisation. Shape (N,) int32 each.
+    """
+    n = subtree_end.shape[0]
+    rows = torch.arange(n, dtype=torch.int32, device=subtree_end.device)
+    outside = (subtree_end <= rows) | (subtree_end > n)
+    if bool(outside.any()):
+        i = int(outside.int().argmax())
+        raise TrieError(
+            f"subtree_end[{i}] must lie in {i + 1}..{n}, got {int(subtree_end[i])}; take subtree_end from PackedTrie"
+        )
+    # Counting open subtrees gives a level for any intervals; intervals rebuilt from levels are always nested: equal only for a forest.
+    level = depth_from_subtree_end(subtree_end)
+    rebuilt = subtree_end_from_depth(level)
+    crossing = rebuilt != subtree_end
+    if bool(crossing.any()):
+        i = int(crossing.int().argmax())
+        raise TrieError(
+            f"subtree_end must be that of a forest in preorder, but the subtree of row {i} ends at {int(subtree_end[i])}, inside or "
+            f"beyond a subtree it should contain or be contained in; take subtree_end from PackedTrie"
+        )
+    if depth is not None and n > 1:
+        offset = depth - level  # rows of one tree are contiguous, so it may change at roots only
+        jumps = (level[1:] > 0) & (offset[1:] != offset[:-1])
+        if bool(jumps.any()):
+            i = int(jumps.int().argmax()) + 1
+            raise TrieError(
+                f"position_ids must rise by one from parent to child, but position_ids[{i}] is {int(depth[i])} where "
+                f"{int(offset[i - 1] + level[i])} was expected; take position_ids and subtree_end from the same PackedTrie"
+            )
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, cast as scaled_dot_product_attention does: everything but float64 to autocast's dtype."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))  # type: ignore[return-value]
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x, letters in (("q", q, "N, H, D"), ("k", k, "N, Hkv, D"), ("v", v, "N, Hkv, Dv")):
+        if x.dim() != 3:
+            raise ShapeError(
+                f"{name} must have shape ({letters}), got {tuple(x.shape)}; pass one packed row without a batch dimension"
+            )
+    n, num_heads, head_dim = q.shape
+    num_kv = k.shape[1]
+    if k.shape[0] != n or k.shape[2] != head_dim:
+        raise ShapeError(f"k must have shape (N, Hkv, D)=({n}, {num_kv}, {head_dim}) to match q, got {tuple(k.shape)}")
+    if v.shape[0] != n or v.shape[1] != num_kv:
+        raise ShapeError(
+            f"v must have shape (N, Hkv, Dv)=({n}, {num_kv}, {v.shape[2]}) to match q and k, got {tuple(v.shape)}"
+        )
+    if num_kv == 0 or num_heads % num_kv:
+        raise ShapeError(f"the heads of q must be a multiple of those of k and v, got H={num_heads} and Hkv={num_kv}")
+    if head_dim == 0 or v.shape[2] == 0:
+        raise ShapeError(f"head dimensions must be at least 1, got D={head_dim} and Dv={v.shape[2]}")
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"q must be floating point, got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}; cast them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}; move them to one device")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.shape[2] > 1 and x.stride(2) != 1:
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension, got strides {x.stride()}; call {name}.contiguous()"
+            )
+
+
+def _check_rows(name: str, rows: Tensor, n: int, device: torch.device) -> Tensor:
+    """Check a (N,) tensor of int32 or int64 and return it as contiguous int32."""
+    if rows.dim() != 1 or rows.shape[0] != n:
+        raise ShapeError(
+            f"{name} must have shape (N,)=({n},) to match q, got {tuple(rows.shape)}; build both from the same PackedTrie"
+        )
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 (or int64), got {rows.dtype}; take it from PackedTrie")
+    if rows.device != device:
+        raise ValueError(f"{name} must be on the device of q, {device}, got {rows.device}; call PackedTrie.to(device)")
+    return rows.to(torch.int32).contiguous()
+
+
+def _check_sinks(sinks: Tensor, num_heads: int, device: torch.device) -> None:
+    if tuple(sinks.shape) != (num_heads,):
+        raise ShapeError(
+            f"sinks must have shape (H,)=({num_heads},), got {tuple(sinks.shape)}; pass one logit for each query head"
+        )
+    if not sinks.dtype.is_floating_point:
+        raise ValueError(f"sinks must be floating point, got {sinks.dtype}")
+    if sinks.device != device:
+        raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}; move them to one device")
