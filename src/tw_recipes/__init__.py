@@ -1,3 +1,31 @@
-"""Train, run, reward, generate data for, measure and show fork/join reasoning."""
+"""Train, run, reward, generate data for, measure and show fork/join reasoning.
 
-__all__: list[str] = []
+Names load on first use (PEP 562), so that `import tw_recipes` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "TrieCollator": "tw_recipes.sft.collator",
+    "TrieSFTConfig": "tw_recipes.sft.config",
+    "TrieSFTTrainer": "tw_recipes.sft.trainer",
+    "UnsupportedModelError": "tw_recipes.support",
+    "add_tag_tokens": "tw_recipes.tokens",
+    "install": "tw_recipes.attention",
+    "native_attention": "tw_recipes.attention",
+    "prepare_dataset": "tw_recipes.sft.data",
+    "uninstall": "tw_recipes.attention",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
