@@ -4,17 +4,19 @@ Shapes: N rows of the packed trie, H query heads, Hkv key heads (H % Hkv == 0), 
 
 Meaning, the same for every implementation: query i meets key j when
 
-    j <= i < subtree_end[j]                       j is i or an ancestor of i
-    depth[i] - depth[j] < window                  only with a window; it counts the row itself, so window=1 is the row alone
+    j <= i < subtree_end[j]              j is i or an ancestor of i
+    depth[i] - depth[j] < window         only with a window; it counts the row itself, so window=1 is the row alone
 
-with logits scale * (q_i . k_j), then softcap * tanh(logits / softcap) when there is a softcap. The softmax runs over the logits met and,
-with sinks, one more logit sinks[h] that carries no value. lse (H, N) is the natural logarithm of that whole sum, the sink included.
+with logits scale * (q_i . k_j), then softcap * tanh(logits / softcap) when there is a softcap. The softmax runs over
+the logits met and, with sinks, one more logit sinks[h] that carries no value. lse (H, N) is the natural logarithm of
+that whole sum of exponentials, the sink included; no gradient flows through it.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +24,13 @@ from torch import Tensor
 
 from tw_core.errors import ShapeError, TrieError
 from tw_core.masks import subtree_end_from_depth
+from tw_kernels.trie_attention.memo import once_per_tensor
 
 if TYPE_CHECKING:
     from tw_kernels.trie_attention.plan import BlockPlan
 
-# TW_DEBUG=1 in the environment at import makes every implementation check that subtree_end is a forest (one host synchronisation a call);
-# impl="reference" always does.
+# TW_DEBUG=1 in the environment at import makes every call check that subtree_end is a forest, at the price of a host
+# synchronisation; impl="reference" always does.
 DEBUG = os.environ.get("TW_DEBUG", "") not in ("", "0")
 
 
@@ -47,6 +50,7 @@ class AttentionCall:
         sinks: One extra logit a head. Shape (H,), a float dtype; None for none.
         deterministic: Whether the backward must be bitwise repeatable.
         plan: `make_plan(subtree_end)`, or None to let the implementation build what it needs.
+        with_lse: Whether the caller wants lse; an implementation that has it anyway may return it always.
     """
 
     q: Tensor
@@ -60,6 +64,7 @@ class AttentionCall:
     sinks: Tensor | None
     deterministic: bool
     plan: BlockPlan | None
+    with_lse: bool
 
     @property
     def num_rows(self) -> int:
@@ -86,9 +91,10 @@ class AttentionCall:
         sinks: Tensor | None = None,
         deterministic: bool | None = None,
         plan: BlockPlan | None = None,
+        with_lse: bool = False,
     ) -> AttentionCall:
         """Validate the arguments of `trie_attention` and fill in its defaults (see there)."""
-        q, k, v = _autocast(q, k, v)
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
         _check_qkv(q, k, v)
         n, num_heads, head_dim = q.shape
         subtree_end = _check_rows("subtree_end", subtree_end, n, q.device)
@@ -97,16 +103,18 @@ class AttentionCall:
             position_ids = _check_rows("position_ids", position_ids, n, q.device)
         if window is not None:
             if isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 1:
-                raise ValueError(
-                    f"window must be an int >= 1 (1 is the row alone), got {window!r}; pass None for no window"
-                )
-            depth = depth_from_subtree_end(subtree_end) if position_ids is None else position_ids
-        if scale is not None and not scale == scale:
-            raise ValueError("scale must be a number, got nan; pass None for 1 / sqrt(D)")
+                raise ValueError(f"window must be an int >= 1 (1 is the row alone), got {window!r}; pass None for none")
+            depth = position_ids
+            if depth is None:
+                depth = once_per_tensor(subtree_end, "depth", depth_from_subtree_end)
+        if scale is not None and not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale!r}; pass None for 1 / sqrt(D)")
         if softcap is not None and not 0.0 < softcap < float("inf"):
             raise ValueError(f"softcap must be a positive number, got {softcap!r}; pass None for no cap")
         if sinks is not None:
             _check_sinks(sinks, num_heads, q.device)
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
         call = cls(
             q=q,
             k=k,
@@ -117,49 +125,45 @@ class AttentionCall:
             window=window,
             softcap=None if softcap is None else float(softcap),
             sinks=sinks,
-            deterministic=torch.are_deterministic_algorithms_enabled()
-            if deterministic is None
-            else bool(deterministic),
+            deterministic=bool(deterministic),
             plan=plan,
+            with_lse=with_lse,
         )
         if DEBUG:
             check_forest(call.subtree_end, position_ids)
         return call
 
-    def with_tensors(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionCall:
-        """The same request on other queries, keys and values."""
-        return replace(self, q=q, k=k, v=v)
-
 
 def depth_from_subtree_end(subtree_end: Tensor) -> Tensor:
-    """Depth of each row: the rows before it less those whose subtree has ended. (N,) int32 -> (N,) int32, without a host synchronisation."""
+    """Depth of each row: the rows before it less those whose subtree has ended.
+
+    Shape (N,) int32 -> (N,) int32, without a host synchronisation.
+    """
     rows = torch.arange(subtree_end.shape[0], dtype=torch.int32, device=subtree_end.device)
     ended = torch.searchsorted(subtree_end.sort().values, rows, right=True, out_int32=True)
     return rows - ended
 
 
 def check_forest(subtree_end: Tensor, depth: Tensor | None = None) -> None:
-    """Raise `TrieError` unless `subtree_end` is that of a forest in preorder (and `depth` rises by one from parent to child).
+    """Raise `TrieError` unless `subtree_end` is that of a forest in preorder, along which `depth` rises by one.
 
-    Costs one sort and a host synchronisation. Shape (N,) int32 each.
+    Shape (N,) int32 each. Costs a sort and host synchronisations.
     """
     n = subtree_end.shape[0]
     rows = torch.arange(n, dtype=torch.int32, device=subtree_end.device)
     outside = (subtree_end <= rows) | (subtree_end > n)
     if bool(outside.any()):
         i = int(outside.int().argmax())
-        raise TrieError(
-            f"subtree_end[{i}] must lie in {i + 1}..{n}, got {int(subtree_end[i])}; take subtree_end from PackedTrie"
-        )
-    # Counting open subtrees gives a level for any intervals; intervals rebuilt from levels are always nested: equal only for a forest.
+        got = int(subtree_end[i])
+        raise TrieError(f"subtree_end[{i}] must lie in {i + 1}..{n}, got {got}; take subtree_end from PackedTrie")
+    # Counting open subtrees gives a level for any intervals; levels give nested intervals: the same ones for a forest.
     level = depth_from_subtree_end(subtree_end)
-    rebuilt = subtree_end_from_depth(level)
-    crossing = rebuilt != subtree_end
+    crossing = subtree_end_from_depth(level) != subtree_end
     if bool(crossing.any()):
         i = int(crossing.int().argmax())
         raise TrieError(
-            f"subtree_end must be that of a forest in preorder, but the subtree of row {i} ends at {int(subtree_end[i])}, inside or "
-            f"beyond a subtree it should contain or be contained in; take subtree_end from PackedTrie"
+            f"subtree_end must be that of a forest in preorder, but the subtree of row {i}, which ends at "
+            f"{int(subtree_end[i])}, crosses another; take subtree_end from PackedTrie"
         )
     if depth is not None and n > 1:
         offset = depth - level  # rows of one tree are contiguous, so it may change at roots only
@@ -168,68 +172,67 @@ def check_forest(subtree_end: Tensor, depth: Tensor | None = None) -> None:
             i = int(jumps.int().argmax()) + 1
             raise TrieError(
                 f"position_ids must rise by one from parent to child, but position_ids[{i}] is {int(depth[i])} where "
-                f"{int(offset[i - 1] + level[i])} was expected; take position_ids and subtree_end from the same PackedTrie"
+                f"{int(offset[i - 1] + level[i])} was expected; take both from the same PackedTrie"
             )
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _autocast(x: Tensor) -> Tensor:
     """Under autocast, cast as scaled_dot_product_attention does: everything but float64 to autocast's dtype."""
-    if not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))  # type: ignore[return-value]
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x, letters in (("q", q, "N, H, D"), ("k", k, "N, Hkv, D"), ("v", v, "N, Hkv, Dv")):
         if x.dim() != 3:
-            raise ShapeError(
-                f"{name} must have shape ({letters}), got {tuple(x.shape)}; pass one packed row without a batch dimension"
-            )
+            got = tuple(x.shape)
+            raise ShapeError(f"{name} must have shape ({letters}), got {got}; pass one packed row, without a batch")
     n, num_heads, head_dim = q.shape
     num_kv = k.shape[1]
     if k.shape[0] != n or k.shape[2] != head_dim:
-        raise ShapeError(f"k must have shape (N, Hkv, D)=({n}, {num_kv}, {head_dim}) to match q, got {tuple(k.shape)}")
+        got = tuple(k.shape)
+        raise ShapeError(f"k must have shape (N, Hkv, D)=({n}, {num_kv}, {head_dim}) to match q, got {got}")
     if v.shape[0] != n or v.shape[1] != num_kv:
-        raise ShapeError(
-            f"v must have shape (N, Hkv, Dv)=({n}, {num_kv}, {v.shape[2]}) to match q and k, got {tuple(v.shape)}"
-        )
+        got = tuple(v.shape)
+        raise ShapeError(f"v must have shape (N, Hkv, Dv)=({n}, {num_kv}, any) to match q and k, got {got}")
     if num_kv == 0 or num_heads % num_kv:
-        raise ShapeError(f"the heads of q must be a multiple of those of k and v, got H={num_heads} and Hkv={num_kv}")
+        got = f"H={num_heads} and Hkv={num_kv}"
+        raise ShapeError(f"the number of heads of q must be a multiple of that of k and v, got {got}")
     if head_dim == 0 or v.shape[2] == 0:
         raise ShapeError(f"head dimensions must be at least 1, got D={head_dim} and Dv={v.shape[2]}")
     if not q.dtype.is_floating_point:
-        raise ValueError(f"q must be floating point, got {q.dtype}")
+        raise ValueError(f"q must be floating point, got {q.dtype}; cast q, k and v to one float dtype")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}; cast them to one dtype")
         if x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}; move them to one device")
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}; move it there")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[2] > 1 and x.stride(2) != 1:
-            raise ValueError(
-                f"{name} must be contiguous in its last dimension, got strides {x.stride()}; call {name}.contiguous()"
-            )
+            raise ValueError(f"{name} must have stride(-1) == 1, got strides {x.stride()}; call {name}.contiguous()")
 
 
 def _check_rows(name: str, rows: Tensor, n: int, device: torch.device) -> Tensor:
     """Check a (N,) tensor of int32 or int64 and return it as contiguous int32."""
     if rows.dim() != 1 or rows.shape[0] != n:
+        got = tuple(rows.shape)
         raise ShapeError(
-            f"{name} must have shape (N,)=({n},) to match q, got {tuple(rows.shape)}; build both from the same PackedTrie"
+            f"{name} must have shape (N,)=({n},) to match q, got {got}; build both from the same PackedTrie"
         )
     if rows.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 (or int64), got {rows.dtype}; take it from PackedTrie")
     if rows.device != device:
         raise ValueError(f"{name} must be on the device of q, {device}, got {rows.device}; call PackedTrie.to(device)")
-    return rows.to(torch.int32).contiguous()
+    if rows.dtype == torch.int32 and rows.is_contiguous():
+        return rows
+    return once_per_tensor(rows, "int32", lambda alias: alias.to(torch.int32).contiguous())
 
 
 def _check_sinks(sinks: Tensor, num_heads: int, device: torch.device) -> None:
     if tuple(sinks.shape) != (num_heads,):
-        raise ShapeError(
-            f"sinks must have shape (H,)=({num_heads},), got {tuple(sinks.shape)}; pass one logit for each query head"
-        )
+        got = tuple(sinks.shape)
+        raise ShapeError(f"sinks must have shape (H,)=({num_heads},), got {got}; pass one logit a query head")
     if not sinks.dtype.is_floating_point:
         raise ValueError(f"sinks must be floating point, got {sinks.dtype}")
     if sinks.device != device:
