@@ -1,0 +1,38 @@
+"""Token ids as every function of tw_core wants them: one-dimensional, int64, not negative."""
+
+from typing import Any
+
+import numpy as np
+
+from tw_core._shapes import Int64
+from tw_core.errors import ShapeError, TrieError
+
+
+def as_ids(value: Any, name: str) -> Int64[np.ndarray, " L"]:
+    """Converts an array-like of token ids, without a copy where it already is an int64 array.
+
+    Args:
+        value: List, numpy array or torch tensor of integers. Shape (L,); L may be 0.
+        name: What the value is called in an error message, e.g. "token_ids" or "sequences[3]".
+    Returns:
+        Shape (L,), int64; may share memory with `value`.
+    Raises:
+        ShapeError: The value is not one-dimensional.
+        TrieError: An element is not an integer, or is negative.
+    """
+    array = np.asarray(value)
+    if array.ndim != 1:
+        raise ShapeError(f"{name} must have shape (L,), got {array.shape}; pass one flat sequence of token ids")
+    if array.size == 0:
+        return array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TrieError(
+            f"{name} must hold integers, got dtype {array.dtype}; pass token ids, not text, floats or masks"
+        )
+    ids = array.astype(np.int64, copy=False)
+    if ids.min() < 0:
+        row = int(ids.argmin())
+        raise TrieError(
+            f"{name} must not be negative, got {int(ids[row])} at index {row}; drop padding and ignore marks"
+        )
+    return ids
