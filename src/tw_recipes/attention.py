@@ -92,19 +92,30 @@ def _attend(
             f"{type(module).__name__} passes {', '.join(unknown)} to its attention, which trie attention does not "
             "implement; train this model on expanded sequences"
         )
+    subtree_end, depth = _rows_of(attention_mask)
     out = trie_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        attention_mask[0, 0, 0],
-        position_ids=attention_mask[0, 0, 1],
+        subtree_end,
+        position_ids=depth,
         scale=scaling,
-        window=None if window is None else (window - 1, 0),
+        window=window,
         softcap=softcap,
         sinks=sinks,
         impl=impl,
     )
     return out[None], None
+
+
+def _rows_of(carrier: Tensor) -> tuple[Tensor, Tensor]:
+    """subtree_end and depth, (N,) each: the same tensor objects for every layer, so that their plan is built once."""
+    if torch.compiler.is_compiling():
+        return carrier[0, 0, 0], carrier[0, 0, 1]
+    if not hasattr(carrier, "trie_rows"):
+        # Views of `.data` do not refer back to the carrier, which therefore dies with its forward.
+        carrier.trie_rows = tuple(carrier.data[0, 0].unbind())
+    return carrier.trie_rows
 
 
 def _stock_attention(module: nn.Module, fallback: str) -> Any:

@@ -175,10 +175,11 @@ def probe_exactness(model: nn.Module) -> float:
     error = float(by_row.max() if precise else by_row.median())
     limit = 1e-3 if precise else 5e-2
     if not error <= limit:
+        layer = _first_wrong_layer(model, packed, sequences, limit)
         raise UnsupportedModelError(
             f"{type(base).__name__} cannot read packed tries: the logits of a probe trie differ from those of its "
-            f"sequences by {error:.1e} relative (limit {limit:.0e}); {_first_wrong_layer(model, packed, sequences, limit)} "
-            "does not follow the trie"
+            f"sequences by {error:.1e} relative (limit {limit:.0e}); {layer} does not "
+            "follow the trie"
         )
     return error
 

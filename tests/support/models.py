@@ -1,4 +1,4 @@
-"""Tiny random models, one factory per family: `tiny_model("qwen3")`. Two to four layers, 97 tokens, float32, eval mode."""
+"""Tiny random models, one factory per family: `tiny_model("qwen3")`. Two layers, 97 tokens, float32, eval mode."""
 
 from typing import Any
 

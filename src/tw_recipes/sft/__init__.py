@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on tries: data preparation, collator, trainer, command."""

@@ -1,0 +1,111 @@
+"""One row of a data set, in any accepted format, -> `ReasoningTrie`.
+
+    {"prompt": str, "text": str}                 fork/join text; loss on what the model writes
+    {"messages": [{"role", "content"}, ...]}     chat; every assistant turn is trained, from its own rendered context
+    {"units": [[context ids, completion ids], …]}
+    {"sequences": [[ids], …], "loss_masks": [[0/1], …]}     loss_masks may be missing: all but the first token
+
+Prompts are encoded apart and never parsed: tags inside a user's question are not structure.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tw_core import ReasoningTrie, Unit
+from tw_core.errors import GrammarError, TrieError
+from tw_core.grammar import check_format
+from tw_core.units import encode_units
+
+FORMATS = '{"prompt", "text"}, {"messages"}, {"units"} or {"sequences"[, "loss_masks"]}'
+
+
+class RowError(TrieError):
+    """A row that cannot be trained on; `kind` groups rows for the statistics."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+def row_format(columns: Any) -> str:
+    """The column that decides how rows with these columns are read.
+
+    Raises:
+        RowError: No accepted format has these columns.
+    """
+    columns = set(columns)
+    for name, needed in (
+        ("units", {"units"}),
+        ("sequences", {"sequences"}),
+        ("messages", {"messages"}),
+        ("text", {"prompt", "text"}),
+    ):
+        if needed <= columns:
+            return name
+    raise RowError("columns", f"expected columns {FORMATS}, got {sorted(columns)}; rename or map the columns")
+
+
+def row_to_trie(row: Mapping[str, Any], tokenizer: Any = None) -> ReasoningTrie:
+    """Build the trie of one data set row.
+
+    Args:
+        row: See the module docstring. Columns that are None count as absent.
+        tokenizer: For text and messages; its tags must be single tokens (`add_tag_tokens`).
+
+    Raises:
+        RowError: The row has none of the formats, malformed text, or nothing to train.
+    """
+    row = {name: value for name, value in row.items() if value is not None}
+    kind = row_format(row)
+    if kind == "sequences":
+        trie = ReasoningTrie.from_sequences(row["sequences"], row.get("loss_masks"))
+    elif kind == "units":
+        trie = ReasoningTrie.from_units([Unit(*pair) for pair in row["units"]])
+    else:
+        if tokenizer is None:
+            raise RowError("tokenizer", f"rows with {kind!r} need a tokenizer; pass one to the collator or trainer")
+        turns = chat_turns(row["messages"], tokenizer) if kind == "messages" else [(row["prompt"], row["text"])]
+        trie = ReasoningTrie.from_units(
+            [unit for prompt, text in turns for unit in text_units(prompt, text, tokenizer)]
+        )
+    return trie
+
+
+def text_units(prompt: str, text: str, tokenizer: Any) -> list[Unit]:
+    """Units of one response; the tokenizer's end-of-sequence token closes the last one."""
+    problems = check_format(text).problems
+    if problems:
+        first = problems[0]
+        raise RowError(first.kind, f"malformed fork/join text at offset {first.offset}: {first.message}")
+    try:
+        units = encode_units(text, tokenizer, prompt=prompt)
+    except GrammarError as error:
+        raise RowError("grammar", str(error)) from error
+    last, end = units[-1], tokenizer.eos_token_id
+    if end is not None and (len(last.completion) == 0 or last.completion[-1] != end):
+        units[-1] = Unit(last.context, [*last.completion, end])
+    return units
+
+
+def chat_turns(messages: list[Mapping[str, Any]], tokenizer: Any) -> list[tuple[str, str]]:
+    """(rendered context, written text) of each assistant turn.
+
+    The context is what the chat template gives an inference engine before that turn, so templates that drop the
+    reasoning of earlier turns are trained as they are used; the trie shares what the contexts share.
+    """
+    turns = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+        text = message["content"]
+        if message.get("reasoning_content"):
+            text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{text}"
+        # Some templates open the reasoning themselves.
+        opener = prompt[prompt.rfind("<think>") :] if "<think>" in prompt else ""
+        if opener and "</think>" not in opener and text.startswith(opener):
+            text = text[len(opener) :]
+        turns.append((prompt, text))
+    if not turns:
+        raise RowError("no_assistant_turn", "messages hold no assistant turn, so nothing is trained")
+    return turns
