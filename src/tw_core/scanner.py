@@ -100,7 +100,6 @@ def scan(tags: Iterable[Tag], start: int, stop: int, *, nested: bool = True) -> 
     Returns:
         The ROOT span; open elements at the end of the input have closed=False and end at `stop`.
     """
-    after = {OUTLINES: THREAD, CONCLUSION: CONCLUSION}  # what may not stand before them in a block
     root = Span(ROOT, start, start, stop, stop, True)
     stack = [root]
 
@@ -129,20 +128,19 @@ def scan(tags: Iterable[Tag], start: int, stop: int, *, nested: bool = True) -> 
                 top.strays.append((kind, at, end))
             continue
         # Inside a block: it is the innermost open element, or its outlines, outline or conclusion is.
-        block = next(span for span in reversed(stack) if span.kind == PARALLEL)
+        level = next(i for i in range(len(stack) - 1, 0, -1) if stack[i].kind == PARALLEL)
+        block = stack[level]
         if kind == PARALLEL + 1:
             cut_to(PARALLEL, at)
             close(at, end)
-        elif kind == THREAD + 1 and len(stack) > 2 and stack[stack.index(block) - 1].kind == THREAD:
+        elif kind == THREAD + 1 and stack[level - 1].kind == THREAD:
             cut_to(THREAD, at)
             close(at, end)
         elif kind == THREAD:
             cut_to(PARALLEL, at)
             push(kind, at, end)
-        elif (
-            top is block and kind in (OUTLINES, CONCLUSION) and not block.of(THREAD if kind == OUTLINES else CONCLUSION)
-        ):
-            push(kind, at, end)
+        elif top is block and kind in (OUTLINES, CONCLUSION) and (kind == CONCLUSION) == bool(block.of(THREAD)):
+            push(kind, at, end)  # outlines before the threads, conclusions after
         elif kind == OUTLINE and top.kind in (OUTLINES, OUTLINE):
             cut_to(OUTLINES, at)
             push(kind, at, end)
