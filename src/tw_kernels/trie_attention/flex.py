@@ -1,0 +1,93 @@
+"""Trie attention through torch's FlexAttention and the BlockMask of tw_core.masks.
+
+On a GPU flex_attention is compiled once, with dynamic shapes: neither another length, nor another window, softcap or scale
+compiles again, since all of them reach the kernel as tensors. Elsewhere it runs as torch's eager emulation, whole score
+matrices, forward only (torch refuses its backward on a CPU): for tests.
+Sinks are applied to the result: with z = exp(lse), attention with a sink s is out * z / (z + exp(s)).
+Guarded by tests/kernels/test_flex.py and test_impls.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tw_core.masks import block_mask
+from tw_kernels.trie_attention.call import AttentionCall
+from tw_kernels.trie_attention.memo import once_per_tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def why_unavailable() -> str | None:
+    """None: every supported torch has FlexAttention."""
+    return None
+
+
+def why_unsupported(call: AttentionCall) -> str | None:
+    """What keeps this call from FlexAttention, or None."""
+    dims = (call.q.shape[2], call.v.shape[2])
+    if call.q.device.type == "cuda":
+        if call.q.dtype == torch.float64:
+            return "q must be float16, bfloat16 or float32, got torch.float64"
+        if min(dims) < 16:
+            return f"head dimensions must be at least 16, got D={dims[0]} and Dv={dims[1]}"
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
+        return f"q, k and v must not require a gradient (FlexAttention has no backward on {call.q.device.type})"
+    return None
+
+
+def flex_trie_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """FlexAttention over the visible tiles. Returns out (N, H, Dv) and lse (H, N) float32."""
+    mask = once_per_tensor(call.subtree_end, ("block mask", call.window), lambda alias: _block_mask(call, alias))
+    # (N, H, D) -> (1, H, N, D)
+    q, k, v = (x.transpose(0, 1)[None] for x in (call.q, call.k, call.v))
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = _compiled(q.device.type)(q, k, v, _score_mod(call), mask, call.group > 1)
+        out, lse = out[0].transpose(0, 1), lse[0]
+        if call.sinks is not None:
+            sinks = call.sinks.to(lse.dtype)[:, None]  # (H, 1)
+            out = (out * torch.sigmoid(lse - sinks).T[:, :, None]).to(out.dtype)
+            lse = torch.logaddexp(lse, sinks)
+    return out, lse
+
+
+def _block_mask(call: AttentionCall, subtree_end: Tensor) -> BlockMask:
+    return block_mask(subtree_end, depth=call.depth, window=call.window)
+
+
+def _score_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
+    """Softcap and a scale other than flex's own; as tensors, so that their values are not compiled in."""
+    usual = call.scale == call.q.shape[2] ** -0.5
+    if usual and call.softcap is None:
+        return None
+    scalar = functools.partial(torch.tensor, dtype=torch.float32, device=call.q.device)
+    rescale = scalar(call.scale / call.q.shape[2] ** -0.5)
+    if call.softcap is None:
+        return lambda score, b, h, i, j: score * rescale
+    cap = scalar(call.softcap)
+    return lambda score, b, h, i, j: cap * torch.tanh(score * rescale / cap)
+
+
+@functools.cache
+def _compiled(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The one compiled function of a device type; `dynamic` makes the number of rows symbolic at the first call."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, score_mod: Any, mask: BlockMask, grouped: bool
+    ) -> tuple[Tensor, Tensor]:
+        aux = AuxRequest(lse=True)
+        out, extra = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped, return_aux=aux)
+        return out, extra.lse
+
+    backend = "inductor" if device_type == "cuda" else "eager"
+    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(
+        attend, dynamic=True, fullgraph=True, backend=backend
+    )
+    return compiled
