@@ -1,10 +1,12 @@
 """Reasoning trees: text, trajectories, units, tries, packed rows (torch and numpy alone)."""
 
+from tw_core.check import FormatReport, Problem, check_format, check_ids
+from tw_core.encode import encode_units
 from tw_core.errors import BudgetError, GrammarError, ShapeError, ThreadWeaverError, TrieError
 from tw_core.grammar import Block, Conclusion, Element, Outline, Outlines, Thread, Trajectory, parse, render
 from tw_core.stats import ParallelStats, parallel_stats
 from tw_core.tags import TAGS, TagIds
-from tw_core.units import Unit, extract_units
+from tw_core.units import Unit, extract_units, fork_numbers
 
 __all__ = [
     "TAGS",
@@ -12,10 +14,12 @@ __all__ = [
     "BudgetError",
     "Conclusion",
     "Element",
+    "FormatReport",
     "GrammarError",
     "Outline",
     "Outlines",
     "ParallelStats",
+    "Problem",
     "ShapeError",
     "TagIds",
     "Thread",
@@ -23,7 +27,11 @@ __all__ = [
     "Trajectory",
     "TrieError",
     "Unit",
+    "check_format",
+    "check_ids",
+    "encode_units",
     "extract_units",
+    "fork_numbers",
     "parallel_stats",
     "parse",
     "render",

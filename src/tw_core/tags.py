@@ -44,8 +44,9 @@ NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)*")
 LABEL = re.compile(r"(\s*)([0-9]+(?:\.[0-9]+)*)(\s*:)")
 """`{number}:` at the head of an outline or a thread, blanks allowed around the number."""
 
-# A label longer than this many ids is not a number any more.
-_LABEL_IDS = 24
+LABEL_IDS = 32
+"""A label longer than this many ids is not a number any more."""
+
 # A vocabulary entry that can take part in a label, in the raw spelling of the usual tokenizers:
 # byte-level BPE writes "Ċ" and "Ġ" for newline and space, sentencepiece "▁" and "<0x0A>".
 _LABEL_TOKEN = re.compile(r"(?:[\sĊĠ▁]|<0x0[AD]>)*[0-9.]*(?:[\sĊĠ▁])*(?::.*)?", re.DOTALL)
@@ -213,7 +214,7 @@ class TagIds:
             raise self._missing("digits")
         if self._texts:
             text = ""
-            for token in ids[:_LABEL_IDS]:
+            for token in ids[:LABEL_IDS]:
                 if (piece := self._texts.get(int(token))) is None:
                     break
                 text += piece
@@ -236,10 +237,14 @@ class TagIds:
         opaque = self._opaque(ids)
         return (*self.join_newline, *opaque, *self._need(self.colon, "colon")) if opaque else None
 
+    def is_blank(self, token: int) -> bool:
+        """Whether a token is known to be white space alone."""
+        return token in (self.newline or ()) or self._texts.get(token, "x").isspace()
+
     def _opaque(self, ids: Sequence[int]) -> Ids:
         """The ids before the first colon, a leading newline dropped; empty if there is no colon nearby."""
         colon, newline = self._need(self.colon, "colon"), self.newline or ()
-        head = tuple(int(token) for token in ids[:_LABEL_IDS])
+        head = tuple(int(token) for token in ids[:LABEL_IDS])
         if newline and head[: len(newline)] == newline:
             head = head[len(newline) :]
         ends = (at for at in range(len(head)) if head[at : at + len(colon)] == colon)

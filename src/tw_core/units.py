@@ -7,8 +7,9 @@ wrote which token. They agree on every well-formed trajectory (tests/core/test_u
 this one alone counts, since loss falls on what a call wrote.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tw_core._ids import as_ids
 from tw_core._shapes import Int64
 from tw_core.errors import TrieError
 from tw_core.scanner import Tag, id_tags
-from tw_core.tags import OUTLINE, OUTLINES, THREAD, Ids, TagIds
+from tw_core.tags import LABEL_IDS, OUTLINE, OUTLINES, THREAD, Ids, TagIds
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,38 @@ def extract_units(token_ids: Any, tag_ids: TagIds, prompt_length: int, *, nested
     return _emit(ids, tag_ids, root)
 
 
+def fork_numbers(token_ids: Any, tag_ids: TagIds, start: int = 0) -> tuple[str, ...]:
+    """The numbers that an engine call which just ended forks on; empty if it does not fork.
+
+    This is the rule `extract_units` replays: the ids end in a </Outlines> that closes the last <Outlines>
+    since `start`, and hold the numbers of the closed outlines between the two, each once, in order.
+
+    Args:
+        token_ids: Shape (L,); what was generated so far.
+        tag_ids: Tags, colon and digits.
+        start: First row that can be structure: the length of the prompt, or the end of the last fork.
+    Raises:
+        TrieError: Ids that are negative or no integers.
+        GrammarError: There are outlines and `tag_ids` lacks colon or digits.
+    """
+    ids = as_ids(token_ids, "token_ids")
+    tags = list(id_tags(ids, tag_ids, start))
+    if not tags or tags[-1] != (OUTLINES + 1, len(ids) - 1, len(ids)):
+        return ()
+    borders = [place for place, tag in enumerate(tags[:-1]) if tag[0] in (OUTLINES, OUTLINES + 1)]
+    if not borders or tags[borders[-1]][0] != OUTLINES:
+        return ()
+    numbers = [tag_ids.read_number(head) for head in _outline_heads(ids, tags[borders[-1] : -1])]
+    return tuple(dict.fromkeys(number for number in numbers if number is not None))
+
+
+def _outline_heads(ids: Int64[np.ndarray, " L"], tags: Sequence[Tag]) -> Iterator[list[int]]:
+    """The first ids of every closed outline among the tags."""
+    for opener, closer in pairwise(tags):
+        if opener[0] == OUTLINE and closer[0] == OUTLINE + 1:
+            yield ids[opener[2] : min(closer[1], opener[2] + LABEL_IDS)].tolist()
+
+
 @dataclass(slots=True, eq=False)
 class _Stream:
     """What one chain of calls wrote: the response, or one thread. Offsets in the joined ids."""
@@ -99,8 +132,7 @@ class _Stream:
     start: int  # first generated id
     end: int = -1
     forks: list["_Fork"] = field(default_factory=list)
-    # The last <Outlines> not yet closed, and the labels met in it.
-    fresh: list[Ids] | None = None
+    fresh: int | None = None  # place among the tags of the last <Outlines> not yet closed
 
 
 @dataclass(slots=True, eq=False)
@@ -130,11 +162,11 @@ class _Replay:
                 continue
             stream = stack[-1]
             if kind == OUTLINES:
-                stream.fresh = []
-            elif kind == OUTLINE and stream.fresh is not None:
-                self._read_outline(stream.fresh, place)
+                stream.fresh = place
             elif kind == OUTLINES + 1 and stream.fresh is not None:
-                labels, stream.fresh = list(dict.fromkeys(stream.fresh)), None
+                heads = _outline_heads(self.ids, self.tags[stream.fresh : place])
+                labels = [label for head in heads if (label := self.tag_ids.read_label(head))]
+                labels, stream.fresh = list(dict.fromkeys(labels)), None
                 if labels and (self.nested or stream is root) and self._starts(after, labels[0], True):
                     stream.forks.append(_Fork(after, labels))
                     skip_to = self._open(stack, after + len(self.tag_ids.join_newline))
@@ -160,13 +192,6 @@ class _Replay:
         fork.threads.append(thread := _Stream(at, start))
         stack.append(thread)
         return start
-
-    def _read_outline(self, labels: list[Ids], place: int) -> None:
-        """Adds the label of the outline opened by tag `place` if it is closed and numbered."""
-        if place + 1 < len(self.tags) and self.tags[place + 1][0] == OUTLINE + 1:
-            head = self.ids[self.tags[place][2] : self.tags[place + 1][1]]
-            if label := self.tag_ids.read_label(head[:32].tolist()):
-                labels.append(label)
 
     def _starts(self, at: int, label: Ids, first: bool) -> bool:
         """Whether the injected header with this label stands at `at`."""
