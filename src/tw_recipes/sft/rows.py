@@ -11,9 +11,8 @@ Prompts are encoded apart and never parsed: tags inside a user's question are no
 from collections.abc import Mapping
 from typing import Any
 
-from tw_core import ReasoningTrie, Unit
+from tw_core import ReasoningTrie, Unit, check_format
 from tw_core.errors import GrammarError, TrieError
-from tw_core.grammar import check_format
 from tw_core.units import encode_units
 
 FORMATS = '{"prompt", "text"}, {"messages"}, {"units"} or {"sequences"[, "loss_masks"]}'
