@@ -164,6 +164,11 @@ def fork_at(row: int, tail: int = 3) -> TrieShape:
     return build(f"fork_at_{row}", [Node(row, [Node(tail), inner, Node(tail + 2)])])
 
 
+def every_offset(tile: int = 128) -> TrieShape:
+    """A fork after each of the first `tile` rows; the branches, of three rows, start at every offset of a tile."""
+    return comb(tile, 1, 3)
+
+
 def random_forest(seed: int, rows: int, *, max_children: int = 3, mean_length: float = 6.0) -> TrieShape:
     """A random nested forest of about `rows` rows: random segments, random numbers of children, several roots."""
     rng = np.random.default_rng(seed)

@@ -73,7 +73,7 @@ def _triton_run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     return triton_attention(call)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -200,7 +200,7 @@ def choose_impl(call: AttentionCall) -> ImplChoice:
         call: `AttentionCall.build(q, k, v, subtree_end, window=..., ...)`, the arguments of `trie_attention`.
     """
     order = GPU_ORDER if call.q.device.type == "cuda" else CPU_ORDER
-    passed = []
+    passed: list[str] = []
     for name in order:
         why_not = _why_not(name, call)
         if why_not is None:
@@ -225,6 +225,6 @@ def _why_not(name: str, call: AttentionCall) -> str | None:
     return _machine_lacks(name) or IMPLS[name].why_unsupported(call)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _machine_lacks(name: str) -> str | None:
     return IMPLS[name].why_unavailable()

@@ -197,8 +197,8 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         got = tuple(v.shape)
         raise ShapeError(f"v must have shape (N, Hkv, Dv)=({n}, {num_kv}, any) to match q and k, got {got}")
     if num_kv == 0 or num_heads % num_kv:
-        got = f"H={num_heads} and Hkv={num_kv}"
-        raise ShapeError(f"the number of heads of q must be a multiple of that of k and v, got {got}")
+        heads = f"H={num_heads} and Hkv={num_kv}"
+        raise ShapeError(f"the number of heads of q must be a multiple of that of k and v, got {heads}")
     if head_dim == 0 or v.shape[2] == 0:
         raise ShapeError(f"head dimensions must be at least 1, got D={head_dim} and Dv={v.shape[2]}")
     if not q.dtype.is_floating_point:

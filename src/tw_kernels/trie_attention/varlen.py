@@ -191,7 +191,9 @@ def _flash(call: AttentionCall, k: Tensor, v: Tensor, segments: Segments) -> tup
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
         # torch 2.12 wants grouped heads announced; 2.11 takes them as they are.
-        grouped = {"enable_gqa": call.group > 1} if "enable_gqa" in _torch_varlen_options() else {}
+        grouped: dict[str, Any] = {}
+        if "enable_gqa" in _torch_varlen_options():
+            grouped["enable_gqa"] = call.group > 1
         aux = AuxRequest(lse=True)
         out, lse = varlen_attn(*batch, scale=call.scale, window_size=window, return_aux=aux, **grouped)
     return out[..., :value_dim], lse
@@ -238,7 +240,7 @@ def _segment_lse(call: AttentionCall, q: Tensor, k: Tensor, mask: Tensor | None)
     return logits.masked_fill_(~mask, float("-inf")).logsumexp(dim=-1)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
