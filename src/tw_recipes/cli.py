@@ -21,6 +21,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "quickstart": Command("tw_recipes.pipelines.quickstart", "make data, train both models, decode, compare (CPU)"),
+    "sft": Command("tw_recipes.sft.command", "fine-tune a model on fork/join trajectories, packed as tries"),
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tw_core.errors import ThreadWeaverError
-from tw_core.tags import TAGS
+from tw_core.tags import CONCLUSION, TAGS
 from tw_recipes.support import unwrap
 
 
@@ -25,8 +25,8 @@ def missing_tags(tokenizer: Any) -> list[str]:
 
 
 def require_tag_tokens(tokenizer: Any) -> None:
-    """Raise `TagTokenError` unless every tag is one token."""
-    missing = missing_tags(tokenizer)
+    """Raise `TagTokenError` unless every tag, the optional conclusion aside, is one token."""
+    missing = [tag for tag in missing_tags(tokenizer) if tag not in TAGS[CONCLUSION:]]
     if missing:
         raise TagTokenError(
             f"the tokenizer lacks the tags {', '.join(missing)} as single tokens; call "
@@ -35,9 +35,10 @@ def require_tag_tokens(tokenizer: Any) -> None:
 
 
 def tag_token_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tags, in the order of `tw_core.tags.TAGS`."""
+    """Ids of the tags that the tokenizer has, in the order of `tw_core.TAGS`."""
     require_tag_tokens(tokenizer)
-    return [tokenizer.convert_tokens_to_ids(tag) for tag in TAGS]
+    missing = missing_tags(tokenizer)
+    return [tokenizer.convert_tokens_to_ids(tag) for tag in TAGS if tag not in missing]
 
 
 def add_tag_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
@@ -53,7 +54,7 @@ def add_tag_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
         tokenizer: Its tokenizer, changed in place; save it beside the model.
 
     Returns:
-        The ids of all tags, in the order of `tw_core.tags.TAGS`.
+        The ids of all tags, in the order of `tw_core.TAGS`.
 
     Raises:
         TagTokenError: The model is wrapped by PEFT, or its matrices have fewer rows than the tokenizer had tokens.

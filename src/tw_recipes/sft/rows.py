@@ -11,9 +11,8 @@ Prompts are encoded apart and never parsed: tags inside a user's question are no
 from collections.abc import Mapping
 from typing import Any
 
-from tw_core import ReasoningTrie, Unit, check_format
+from tw_core import ReasoningTrie, Unit, check_format, encode_units
 from tw_core.errors import GrammarError, TrieError
-from tw_core.units import encode_units
 
 FORMATS = '{"prompt", "text"}, {"messages"}, {"units"} or {"sequences"[, "loss_masks"]}'
 
@@ -80,6 +79,8 @@ def text_units(prompt: str, text: str, tokenizer: Any) -> list[Unit]:
         units = encode_units(text, tokenizer, prompt=prompt)
     except GrammarError as error:
         raise RowError("grammar", str(error)) from error
+    if not units:
+        raise RowError("empty", "the text is empty, so nothing is trained")
     last, end = units[-1], tokenizer.eos_token_id
     if end is not None and (len(last.completion) == 0 or last.completion[-1] != end):
         units[-1] = Unit(last.context, [*last.completion, end])

@@ -21,7 +21,7 @@ from tw_recipes.attention import install
 from tw_recipes.sft.collator import TrieCollator
 from tw_recipes.sft.config import TrieSFTConfig
 from tw_recipes.sft.data import DatasetStatistics, prepare_dataset
-from tw_recipes.tokens import missing_tags, tag_token_ids
+from tw_recipes.tokens import TagTokenError, require_tag_tokens, tag_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class TrieSFTTrainer(SFTTrainer):
         self.dataset_statistics: DatasetStatistics = statistics
         if PartialState().is_main_process:
             print(statistics)
-        if peft_config is not None and args.train_tag_tokens and not missing_tags(processing_class):
+        if peft_config is not None and args.train_tag_tokens and _has_tags(processing_class):
             if isinstance(model, str):
                 model = create_model_from_path(model, **(args.model_init_kwargs or {}))
                 args.model_init_kwargs = None
@@ -162,6 +162,14 @@ class TrieSFTTrainer(SFTTrainer):
             self._tally = {"logical": 0, "computed": 0}
             self._tally_since = perf_counter()
         super().log(logs, start_time)
+
+
+def _has_tags(tokenizer: Any) -> bool:
+    try:
+        require_tag_tokens(tokenizer)
+    except TagTokenError:
+        return False
+    return True
 
 
 def _train_tag_rows(model: torch.nn.Module, peft_config: Any, ids: list[int]) -> None:

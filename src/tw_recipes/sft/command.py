@@ -1,0 +1,147 @@
+"""`threadweaver sft`: from a model and a data set to a saved model that stock transformers, vLLM and SGLang load.
+
+    threadweaver sft --config examples/sft/qwen3_8b_lora_1gpu.yaml --dataset_name trajectories.jsonl
+    accelerate launch --config_file examples/sft/fsdp2.yaml -m tw_recipes.cli sft --config examples/sft/qwen3_8b_8gpus.yaml
+
+Options are those of `TrieSFTConfig`, TRL's `ModelConfig` and `SFTScriptArguments`; a YAML file (`--config`) and flags
+may be mixed, flags win.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from peft import PeftModel
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser
+from trl.trainer.utils import create_model_from_path, get_peft_config, get_quantization_config
+
+from tw_core.errors import ThreadWeaverError
+from tw_recipes.sft.config import TrieSFTConfig
+from tw_recipes.sft.trainer import TrieSFTTrainer
+from tw_recipes.tokens import add_tag_tokens
+
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass
+class SFTScriptArguments:
+    """Data and output of `threadweaver sft`."""
+
+    dataset_name: str = field(metadata={"help": "JSONL or Parquet file, a saved data set's folder, or a Hub data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Evaluation data; default: the same data set."}
+    )
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; default: none."})
+    merge_adapter: bool = field(
+        default=True,
+        metadata={"help": "With LoRA, also save the merged model (the adapter goes to OUTPUT_DIR/adapter)."},
+    )
+
+
+def load_split(name: str, split: str, config: str | None = None) -> Dataset:
+    """Read one split of a data set.
+
+    Args:
+        name: Path of a .jsonl, .json or .parquet file, folder of `save_to_disk`, or the name of a Hub data set.
+        split: Split to read; a single file has only "train".
+        config: Configuration of a Hub data set.
+
+    Raises:
+        FileNotFoundError: `name` looks like a file and does not exist.
+        ValueError: The saved data set has no such split.
+    """
+    path = Path(name)
+    if path.suffix in _READERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"dataset_name={name!r} does not exist; give the path of a JSONL or Parquet file")
+        return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        loaded = load_from_disk(name)
+        if isinstance(loaded, DatasetDict):
+            if split not in loaded:
+                raise ValueError(
+                    f"split {split!r} is not in {name}, which has {sorted(loaded)}; set dataset_train_split"
+                )
+            return loaded[split]
+        return loaded
+    return load_dataset(name, config, split=split)
+
+
+def run_sft(script: SFTScriptArguments, args: TrieSFTConfig, model_args: ModelConfig) -> TrieSFTTrainer:
+    """Train and save; what `threadweaver sft` does.
+
+    Returns:
+        The trainer after training. `args.output_dir` holds the model and the tokenizer.
+    """
+    name = model_args.model_name_or_path
+    if name is None:
+        raise ValueError("model_name_or_path is missing; name a model or a path")
+    train = load_split(script.dataset_name, script.dataset_train_split, script.dataset_config)
+    held_out = None
+    if script.eval_dataset_name is not None or script.dataset_test_split is not None:
+        source = script.eval_dataset_name or script.dataset_name
+        held_out = load_split(source, script.dataset_test_split or "train", script.dataset_config)
+    options = _model_options(model_args)
+    model, tokenizer = _load(name, model_args, options | _placement(model_args))
+    peft_config = get_peft_config(model_args)
+    trainer = TrieSFTTrainer(
+        model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, peft_config=peft_config
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if peft_config is None:
+        trainer.save_model(args.output_dir)
+        return trainer
+    adapter = str(Path(args.output_dir) / "adapter")
+    trainer.save_model(adapter)
+    if script.merge_adapter and PartialState().is_main_process:
+        # Merge into a fresh copy: the trained one may be sharded or quantized.
+        base, tokenizer = _load(name, model_args, options | {"device_map": "cpu"})
+        PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+    PartialState().wait_for_everyone()
+    return trainer
+
+
+def _model_options(model_args: ModelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": model_args.trust_remote_code,
+        "dtype": model_args.dtype,
+    }
+    if model_args.attn_implementation is not None:
+        options["attn_implementation"] = model_args.attn_implementation
+    return options
+
+
+def _placement(model_args: ModelConfig) -> dict[str, Any]:
+    state, quantization = PartialState(), get_quantization_config(model_args)
+    if quantization is not None:
+        return {"device_map": {"": state.local_process_index}, "quantization_config": quantization}
+    return {"device_map": None} if state.num_processes > 1 else {}
+
+
+def _load(name: str, model_args: ModelConfig, options: dict[str, Any]) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code
+    )
+    model = create_model_from_path(name, **options)
+    add_tag_tokens(model, tokenizer)
+    return model, tokenizer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse flags and YAML, train, and return the exit status."""
+    parser = TrlParser((SFTScriptArguments, TrieSFTConfig, ModelConfig), prog="threadweaver sft")
+    script, args, model_args = parser.parse_args_and_config(list(argv))
+    try:
+        run_sft(script, args, model_args)
+    except (ThreadWeaverError, FileNotFoundError) as error:
+        print(f"threadweaver sft: {error}")
+        return 1
+    return 0
