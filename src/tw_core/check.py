@@ -266,7 +266,7 @@ class _Rules:
             yield from self._glue(block, [(PARALLEL, "\n"), (OUTLINES, "\n"), (THREAD, ""), (CONCLUSION, "\n")])
 
     def _numbers(self, outlines: list[Span], threads: list[Span], block: Span) -> Iterator[Problem]:
-        numbers: list[str] = []
+        numbers: list[str | None] = []  # of the threads that shall follow; None where the outline has none
         for place, outline in enumerate(outlines, 1):
             number, canonical = self.source.number(outline)
             head = self.source.show(outline.body, min(outline.body_end, outline.body + 12))
@@ -276,7 +276,7 @@ class _Rules:
                 yield _problem(outline.body, "number", f"outline number {place}", number)
             if number is not None and not canonical and self.canonical:
                 yield _problem(outline.body, "canonical", f"'{number}:' right after <Outline>", head)
-            if number is not None and (self.numbering == "consecutive" or number not in numbers):
+            if number is None or self.numbering == "consecutive" or number not in numbers:
                 numbers.append(number)
         for place, thread in enumerate(threads):
             number, canonical = self.source.number(thread)
@@ -284,7 +284,7 @@ class _Rules:
             expected = numbers[place] if place < len(numbers) else None
             if number is None:
                 yield _problem(thread.body, "number", "a number and a colon after <Thread>", head)
-            elif expected is None and outlines:
+            elif place >= len(numbers) and outlines:
                 yield _problem(thread.start, "order", "no more threads than outlines", f"thread {number}")
             elif expected is not None and number != expected:
                 yield _problem(thread.body, "order", f"thread {expected}, in outline order", f"thread {number}")
