@@ -11,7 +11,7 @@ from tw_recipes.sft.collator import TrieCollator
 
 
 def random_units(rng: random.Random, count: int, *, longest: int = 8) -> list[list[list[int]]]:
-    """`count` [context, completion] pairs of one trajectory: contexts grow, and some completions branch off one context."""
+    """`count` [context, completion] pairs of one trajectory: contexts grow, and completions branch off them."""
 
     def tokens(low: int, high: int) -> list[int]:
         return [rng.randrange(4, VOCAB) for _ in range(rng.randint(low, high))]

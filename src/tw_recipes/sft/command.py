@@ -1,7 +1,8 @@
-"""`threadweaver sft`: from a model and a data set to a saved model that stock transformers, vLLM and SGLang load.
+r"""`threadweaver sft`: from a model and a data set to a saved model that stock transformers, vLLM and SGLang load.
 
     threadweaver sft --config examples/sft/qwen3_8b_lora_1gpu.yaml --dataset_name trajectories.jsonl
-    accelerate launch --config_file examples/sft/fsdp2.yaml -m tw_recipes.cli sft --config examples/sft/qwen3_8b_8gpus.yaml
+    accelerate launch --config_file examples/sft/fsdp2.yaml \
+        -m tw_recipes.cli sft --config examples/sft/qwen3_8b_8gpus.yaml
 
 Options are those of `TrieSFTConfig`, TRL's `ModelConfig` and `SFTScriptArguments`; a YAML file (`--config`) and flags
 may be mixed, flags win.

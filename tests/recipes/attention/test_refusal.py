@@ -62,7 +62,7 @@ def test_hybrids_need_the_optional_package(family, monkeypatch):
     ids=["prompt", "prefix"],
 )
 def test_prompt_learning_is_refused(config):
-    with pytest.raises(UnsupportedModelError, match="prompt learning.*use LoRA"):
+    with pytest.raises(UnsupportedModelError, match=r"prompt learning.*use LoRA"):
         install(get_peft_model(tiny_model("qwen3"), config))
 
 
@@ -110,7 +110,7 @@ def test_bad_calls_are_refused(changes, message):
 def test_attention_dropout_is_refused_in_training():
     model = install(tiny_model("llama", attention_dropout=0.1))
     model(**_row())  # no dropout in eval mode
-    with pytest.raises(ValueError, match="attention dropout must be 0 on a packed trie, got 0.1.*attention_dropout"):
+    with pytest.raises(ValueError, match=r"attention dropout must be 0 on a packed trie, got 0.1.*attention_dropout"):
         model.train()(**_row())
 
 

@@ -69,11 +69,11 @@ def test_tags_are_saved_with_the_tokenizer(tmp_path):
 def test_bad_models_and_tokenizers_are_refused():
     with pytest.raises(TagTokenError, match=r"lacks the tags <Parallel>.*call add_tag_tokens\(model, tokenizer\)"):
         require_tag_tokens(byte_tokenizer())
-    with pytest.raises(TagTokenError, match="97 embedding rows but its tokenizer 260 tokens.*resize_token_embeddings"):
+    with pytest.raises(TagTokenError, match=r"97 embedding rows but its tokenizer 260 tokens.*resize_token_embeddings"):
         add_tag_tokens(tiny_model("qwen3"), byte_tokenizer())
     model = _model(tie_word_embeddings=False)
     model.set_output_embeddings(torch.nn.Linear(32, 280, bias=False))
-    with pytest.raises(TagTokenError, match="head has 280 rows and the embedding 262.*resized by hand"):
+    with pytest.raises(TagTokenError, match=r"head has 280 rows and the embedding 262.*resized by hand"):
         add_tag_tokens(model, byte_tokenizer())
 
 

@@ -158,7 +158,7 @@ def test_options_that_break_tries_are_refused(options, message, tmp_path):
 def test_context_parallelism_is_refused(tmp_path):
     from accelerate import ParallelismConfig
 
-    with pytest.raises(ValueError, match="context and sequence parallelism cut a packed row.*set cp_size=1"):
+    with pytest.raises(ValueError, match=r"context and sequence parallelism cut a packed row.*set cp_size=1"):
         TrieSFTConfig(str(tmp_path), use_cpu=True, parallelism_config=ParallelismConfig(cp_size=2))
 
 
@@ -171,7 +171,7 @@ def test_trainer_arguments_are_checked(tmp_path):
         )
     with pytest.raises(TypeError, match="args must be a TrieSFTConfig, got SFTConfig"):
         TrieSFTTrainer(model, SFTConfig(str(tmp_path), use_cpu=True), train_dataset=dataset)
-    with pytest.raises(ValueError, match="attention_dropout must be 0.0 in the model's config, got 0.2"):
+    with pytest.raises(ValueError, match=r"attention_dropout must be 0\.0 in the model's config, got 0.2"):
         TrieSFTTrainer(
             tiny_model("qwen3", attention_dropout=0.2), args, train_dataset=dataset, processing_class=byte_tokenizer()
         )
