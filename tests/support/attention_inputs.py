@@ -265,3 +265,8 @@ def sft_3k() -> TrieShape:
 def short_64x1k() -> TrieShape:
     """A batch of 64 tries of 1,024 rows: a prompt of 256 and four completions of 192."""
     return build("short_64x1k", [Node(256, [Node(192) for _ in range(4)]) for _ in range(64)])
+
+
+def tiny() -> TrieShape:
+    """The shape of sft_32k at 300 rows, for the benchmark's own test."""
+    return build("tiny", [_sft(scale=100)])
