@@ -88,8 +88,8 @@ def run_sft(script: SFTScriptArguments, args: TrieSFTConfig, model_args: ModelCo
     if script.eval_dataset_name is not None or script.dataset_test_split is not None:
         source = script.eval_dataset_name or script.dataset_name
         held_out = load_split(source, script.dataset_test_split or "train", script.dataset_config)
-    options = _model_options(model_args)
-    model, tokenizer = _load(name, model_args, options | _placement(model_args))
+    options = _model_options(model_args, args.trust_remote_code)
+    model, tokenizer = _load(name, options | _placement(model_args))
     peft_config = get_peft_config(model_args)
     trainer = TrieSFTTrainer(
         model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, peft_config=peft_config
@@ -102,17 +102,17 @@ def run_sft(script: SFTScriptArguments, args: TrieSFTConfig, model_args: ModelCo
     trainer.save_model(adapter)
     if script.merge_adapter and PartialState().is_main_process:
         # Merge into a fresh copy: the trained one may be sharded or quantized.
-        base, tokenizer = _load(name, model_args, options | {"device_map": "cpu"})
+        base, tokenizer = _load(name, options | {"device_map": "cpu"})
         PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
     PartialState().wait_for_everyone()
     return trainer
 
 
-def _model_options(model_args: ModelConfig) -> dict[str, Any]:
+def _model_options(model_args: ModelConfig, trust_remote_code: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
         "revision": model_args.model_revision,
-        "trust_remote_code": model_args.trust_remote_code,
+        "trust_remote_code": trust_remote_code,
         "dtype": model_args.dtype,
     }
     if model_args.attn_implementation is not None:
@@ -127,9 +127,9 @@ def _placement(model_args: ModelConfig) -> dict[str, Any]:
     return {"device_map": None} if state.num_processes > 1 else {}
 
 
-def _load(name: str, model_args: ModelConfig, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code
+        name, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
     )
     model = create_model_from_path(name, **options)
     add_tag_tokens(model, tokenizer)
