@@ -4,8 +4,10 @@ from tw_core.check import FormatReport, Problem, check_format, check_ids
 from tw_core.encode import encode_units
 from tw_core.errors import BudgetError, GrammarError, ShapeError, ThreadWeaverError, TrieError
 from tw_core.grammar import Block, Conclusion, Element, Outline, Outlines, Thread, Trajectory, parse, render
+from tw_core.packing import PackedTrie, pack_forest
 from tw_core.stats import ParallelStats, parallel_stats
 from tw_core.tags import TAGS, TagIds
+from tw_core.trie import ReasoningTrie
 from tw_core.units import Unit, extract_units, fork_numbers
 
 __all__ = [
@@ -18,8 +20,10 @@ __all__ = [
     "GrammarError",
     "Outline",
     "Outlines",
+    "PackedTrie",
     "ParallelStats",
     "Problem",
+    "ReasoningTrie",
     "ShapeError",
     "TagIds",
     "Thread",
@@ -32,6 +36,7 @@ __all__ = [
     "encode_units",
     "extract_units",
     "fork_numbers",
+    "pack_forest",
     "parallel_stats",
     "parse",
     "render",
