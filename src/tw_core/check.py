@@ -8,7 +8,7 @@ Guarded by tests/core/test_check.py and the recorded format cases.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -137,20 +137,10 @@ def _report(rules: "_Rules", root: Span) -> FormatReport:
     return FormatReport(not problems, problems)
 
 
-class _Source(Protocol):
-    """What the rules ask of the thing they check."""
-
-    def blank(self, start: int, stop: int) -> bool: ...
-    def equals(self, start: int, stop: int, glue: str) -> bool: ...
-    def number(self, span: Span) -> tuple[str | None, bool]:
-        """The number at the head of an outline or thread, and whether its label has the canonical bytes."""
-
-    def thinks(self, start: int, stop: int) -> Iterator[int]: ...
-    def show(self, start: int, stop: int) -> str: ...
-
-
 @dataclass(frozen=True)
 class _Text:
+    """What the rules ask of a text."""
+
     text: str
 
     def blank(self, start: int, stop: int) -> bool:
@@ -160,6 +150,7 @@ class _Text:
         return self.text[start:stop] == glue
 
     def number(self, span: Span) -> tuple[str | None, bool]:
+        """The number at the head of an outline or thread, and whether its label has the canonical bytes."""
         match = LABEL.match(self.text, span.body, span.body_end)
         if not match:
             return None, False
@@ -175,6 +166,8 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Ids:
+    """The same answers for token ids."""
+
     ids: Int64[np.ndarray, " L"]
     tag_ids: TagIds
 
@@ -204,7 +197,7 @@ class _Ids:
 class _Rules:
     """The rules of SPEC section 1 over one source; `span` yields the problems of one element."""
 
-    source: _Source
+    source: _Text | _Ids
     nested: bool
     require_block: bool
     loose: bool

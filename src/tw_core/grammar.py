@@ -12,12 +12,10 @@ Guarded by tests/core/test_grammar.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, TypeVar
 
 from tw_core.scanner import ROOT, scan, text_tags
 from tw_core.tags import CONCLUSION, LABEL, OUTLINE, OUTLINES, PARALLEL, TAGS, THREAD
-
-Item = "str | Element"
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Outline(_Numbered):
     kind = OUTLINE
 
     @classmethod
-    def of(cls, number: str, plan: str) -> Self:
+    def of(cls, number: str, plan: str) -> "Outline":
         """Builds the canonical outline of a number and a plan."""
         return cls((f"{number}: {plan}",))
 
@@ -91,7 +89,7 @@ class Thread(_Numbered):
     kind = THREAD
 
     @classmethod
-    def of(cls, number: str, *body: "str | Block") -> Self:
+    def of(cls, number: str, *body: "str | Block") -> "Thread":
         """Builds the canonical thread of a number and its text and blocks."""
         return cls(_merged([f"\n{number}: ", *body, "\n"]))
 
@@ -118,7 +116,7 @@ class Block(Element):
         plans: Sequence[str],
         bodies: "Sequence[str | Sequence[str | Block]]",
         conclusion: str | None = None,
-    ) -> Self:
+    ) -> "Block":
         """Builds the canonical block, numbered 1..n.
 
         Args:

@@ -319,7 +319,7 @@ def _glue(value: int | Sequence[int] | None, name: str) -> Ids | None:
     if value is None:
         return None
     ids = (value,) if isinstance(value, int | np.integer) else tuple(value)
-    if not ids or any(isinstance(token, bool) or not isinstance(token, int | np.integer) for token in ids):
+    if not ids or any(isinstance(token, bool) or not isinstance(token, int | np.integer) or token < 0 for token in ids):
         raise GrammarError(f"{name} must be a token id or a non-empty sequence of them, got {value!r}")
     return tuple(int(token) for token in ids)
 

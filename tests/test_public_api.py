@@ -1,0 +1,50 @@
+"""The public surface: exactly these names, sorted, and all of them there."""
+
+from importlib import import_module
+
+import pytest
+
+PUBLIC = {
+    "tw_core": [
+        "TAGS",
+        "Block",
+        "BudgetError",
+        "Conclusion",
+        "Element",
+        "FormatReport",
+        "GrammarError",
+        "Outline",
+        "Outlines",
+        "ParallelStats",
+        "Problem",
+        "ShapeError",
+        "TagIds",
+        "Thread",
+        "ThreadWeaverError",
+        "Trajectory",
+        "TrieError",
+        "Unit",
+        "check_format",
+        "check_ids",
+        "encode_units",
+        "extract_units",
+        "fork_numbers",
+        "parallel_stats",
+        "parse",
+        "render",
+    ],
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names_are_pinned(package: str) -> None:
+    module = import_module(package)
+    assert module.__all__ == PUBLIC[package]
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert all(getattr(module, name).__doc__ for name in module.__all__)
+
+
+def test_names_that_users_rely_on_are_public() -> None:
+    """The fixed names of the design; each package's list above may only grow around them."""
+    fixed = {"Unit", "Trajectory", "TagIds", "parse", "render", "check_format", "extract_units", "parallel_stats"}
+    assert fixed <= set(PUBLIC["tw_core"])
