@@ -179,7 +179,7 @@ def _pack_batch(
         try:
             trie = row_to_trie({name: column[at] for name, column in batch.items()}, tokenizer)
             pieces = [trie] if trie.num_tokens <= max_tokens else trie.split(max_tokens)
-            pieces = [piece for piece in pieces if len(piece.pack().target_ids)]
+            pieces = [piece for piece in pieces if piece.weights.any()]
             if not pieces:
                 raise RowError("no_targets", "every loss mask is empty, so nothing is trained")
         except BudgetError as error:

@@ -1,4 +1,4 @@
-"""LoRA beside trained tag rows: only those rows move, tied and untied heads; merged and reloaded the logits are the same."""
+"""LoRA beside trained tag rows: only those rows move, tied and untied; merged and reloaded the logits are the same."""
 
 import pytest
 import torch
