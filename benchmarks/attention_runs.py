@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from tests.support.attention_inputs import TrieShape
-from tw_core.masks import dense_mask
-from tw_kernels import trie_attention
-from tw_kernels.trie_attention import flex, varlen
-from tw_kernels.trie_attention.call import AttentionCall
+from torch import Tensor
 from tw_kernels.trie_attention.plan import make_plan
+
+from tw_core.masks import block_mask, dense_mask
+from tw_kernels import trie_attention
+from tw_kernels.trie_attention import varlen
 
 
 @dataclass(frozen=True)
@@ -169,12 +168,8 @@ RUNS: dict[str, Callable[[Inputs], Run]] = {
 }
 
 
-def planners(trie: TrieShape) -> dict[str, Callable[[Tensor], object]]:
+def planners() -> dict[str, Callable[[Tensor], object]]:
     """What each packed implementation prepares once per packed row, from subtree_end on the device."""
-
-    def block_mask(end: Tensor) -> object:
-        nothing = torch.empty(trie.num_rows, 1, 16, device=end.device)
-        return flex._block_mask(AttentionCall.build(nothing, nothing, nothing, end), end)
 
     return {"triton": make_plan, "flex": block_mask, "varlen": varlen.make_segments}
 

@@ -8,11 +8,12 @@ One process; all implementations of a case are prepared, warmed up and judged ag
 interleaved rounds with device events; medians are reported. A failing implementation is reported with its error and the
 others go on. The JSON is written after every case, tables come last.
 
-Metrics: fwd_ms, bwd_ms; fwd_tflops, bwd_tflops on the pairs visible in the trie (4 pairs D H, backward 2.5 times that; for
-the expanded runs too: useful work); total_ms, wall time of planning + forward + backward on a trie not seen before;
+Metrics: fwd_ms, bwd_ms; fwd_tflops, bwd_tflops on the pairs visible in the trie (4 pairs D H, backward 2.5 times that;
+for the expanded runs too: useful work); total_ms, wall time of planning + forward + backward on a trie not seen before;
 plan_ms; peak_mib above the inputs; out_error, grad_error (max |difference| / max |exact|); fwd_vs_flex, bwd_vs_flex,
 total_vs_flex, fwd_bwd_vs_expanded_cudnn (their time over ours); fwd_vs_cudnn_chain, bwd_vs_cudnn_chain (our rate over
-cuDNN's on chain_16k); first_call_s (fresh process, empty caches); new_length_ms (a call at a new length less a repeated one).
+cuDNN's on chain_16k); first_call_s (fresh process, empty caches); new_length_ms (a call at a new length less one at a
+length seen before).
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-
 from benchmarks.attention_runs import RUNS, Inputs, Judge, Run, make_inputs, planners
 from benchmarks.records import write_records
 from tests.support import attention_inputs
@@ -67,6 +67,7 @@ class Bench:
     failures: list[str] = field(default_factory=list)
 
     def add(self, case: str, impl: str, metric: str, value: float, unit: str) -> None:
+        """Keep one figure."""
         self.records.append({"case": case, "impl": impl, "metric": metric, "value": value, "unit": unit})
         self.values[case, impl, metric] = value
 
@@ -83,6 +84,7 @@ class Bench:
             free_memory()
 
     def write(self) -> None:
+        """Write everything measured so far."""
         if self.args.out:
             command = "python -m benchmarks.bench_trie_attention " + " ".join(sys.argv[1:])
             write_records(Path(self.args.out), self.records, command=command.strip(), seed=0)
@@ -190,7 +192,7 @@ def record_times(bench: Bench, inputs: Inputs, case: str, impl: str, pairs: list
 
 def bench_planning(bench: Bench, inputs: Inputs, case: str, impl: str) -> None:
     """Planning alone, and planning + forward + backward on a subtree_end tensor that is new each time."""
-    plan = planners(inputs.trie)[impl]
+    plan = planners()[impl]
     rounds = max(3, min(bench.args.rounds, 7))
     bench.add(case, impl, "plan_ms", median(wall_ms(lambda: plan(inputs.end.clone())) for _ in range(rounds)), "ms")
 

@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels of these tests run in Triton's interpreter, which must be chosen before triton loads."""
+"""Without a GPU the Triton kernels of these tests run in Triton's interpreter, to be chosen before triton loads."""
 
 import os
 

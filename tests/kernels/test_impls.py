@@ -110,7 +110,7 @@ def test_float32_on_the_gpu_uses_no_tf32(impl: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["triton", "flex", "varlen", "dense"])
 def test_branch_points_at_every_offset_of_a_tile(impl: str) -> None:
-    """An opt-in kernel elsewhere is wrong when a branch starts at offset 57..63 of its tile: so each offset on its own."""
+    """A kernel elsewhere is wrong when a branch starts at offset 57..63 of its tile: so each offset on its own."""
     for offset in range(128):
         check_case(Case(fork_at(128 + offset), heads=(2, 1), dims=(64, 64)), impl, torch.bfloat16, "cuda", seed=offset)
 
@@ -185,7 +185,7 @@ def test_autocast_casts_like_sdpa(impl: str, device: str) -> None:
 
 @pytest.mark.parametrize(("impl", "device"), gpu_impls("triton", "dense", "varlen"))
 def test_inference_mode_and_training_afterwards(impl: str, device: str) -> None:
-    """What is remembered from a pass under inference_mode must serve a training pass (a mask built there once did not)."""
+    """What is remembered from a pass in inference_mode must serve a training pass: masks built there once did not."""
     problem = make_problem(Case(GROUP, window=9), torch.float16, device)
     end = problem.case.trie.subtree_end.to(device)
     with torch.inference_mode():

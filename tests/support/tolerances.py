@@ -144,8 +144,8 @@ def assert_as_exact_as_eager(
 ) -> None:
     """The rule at the top of this file, for every entry of `got`.
 
-    dq and dk of rows that see themselves alone are zero, as a difference of equal terms: where all of a gradient is zero,
-    its error is held against `cancelling`, the size of those terms.
+    dq and dk of rows that see themselves alone are zero, as a difference of equal terms: where all of a gradient is
+    zero, its error is held against `cancelling`, the size of those terms.
     """
     eps = torch.finfo(dtype).eps
     broken = []

@@ -1,7 +1,7 @@
 """Public face of trie attention: validate, choose an implementation, call it.
 
-The implementations mean the same (`call.py` defines it) and differ in speed and in what they accept; `IMPLS` lists them.
-Each is imported inside its call, so that importing this file loads neither triton nor flex's compiler.
+The implementations mean the same (`call.py` defines it) and differ in speed and in what they accept; `IMPLS` lists
+them. Backends are imported inside their calls, so that importing this file loads neither triton nor torch's compiler.
 Guarded by tests/kernels/test_api.py (arguments, choice) and test_impls.py (one suite for all implementations).
 """
 
@@ -29,7 +29,7 @@ class AttentionOutput(NamedTuple):
     out: Tensor
     """Shape (N, H, Dv), dtype of q."""
     lse: Tensor
-    """Natural log of the sum of exponentials, sink included. Shape (H, N), float32 (float64 for float64); no gradient."""
+    """Natural log of the sum of exponentials, sink included. Shape (H, N), float32 or float64; without gradient."""
 
 
 class ImplChoice(NamedTuple):
@@ -40,24 +40,31 @@ class ImplChoice(NamedTuple):
 
 
 class Impl(NamedTuple):
-    """One implementation: what it needs of the machine, what it needs of a call, and the call itself."""
+    """One implementation: why this machine cannot run it, why it cannot take a call, and the call itself."""
 
     why_unavailable: Callable[[], str | None]
     why_unsupported: Callable[[AttentionCall], str | None]
     run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
 
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+NO_TRITON = "triton is not installed; pip install 'threadweaver[kernels]'"
+INTERPRETER = "set TRITON_INTERPRET=1 before Python starts to run Triton's interpreter"
+
+
 def _triton_unavailable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install 'threadweaver[kernels]'"
+    if not TRITON_INSTALLED:
+        return NO_TRITON
     if not torch.cuda.is_available() and not _interpreting():
-        return "no CUDA device was found; set TRITON_INTERPRET=1 before Python starts to run Triton's interpreter"
+        return f"no CUDA device was found; {INTERPRETER}"
     return None
 
 
 def _triton_unsupported(call: AttentionCall) -> str | None:
+    if not TRITON_INSTALLED:
+        return NO_TRITON
     if call.q.device.type != "cuda" and not _interpreting():
-        return f"q must be on a CUDA device, got {call.q.device}"
+        return f"q must be on a CUDA device, got {call.q.device}; {INTERPRETER}"
     if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"q must be float16, bfloat16 or float32, got {call.q.dtype}"
     if call.q.dtype == torch.bfloat16 and _interpreting():
@@ -73,7 +80,6 @@ def _triton_run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     return triton_attention(call)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -86,8 +92,7 @@ IMPLS: dict[str, Impl] = {
     "reference": Impl(lambda: None, lambda call: None, reference_attention),
 }
 
-# auto tries these in turn. On a GPU the block-sparse kernels come first. Elsewhere SDPA over all pairs wins (figures in
-# docs/kernels.md: on a CPU SDPA with the mask beats segment by segment at every size of the benchmark that fits in memory).
+# auto tries these in turn. On a GPU the block-sparse kernels come first.
 GPU_ORDER = ("triton", "flex", "varlen", "dense", "reference")
 CPU_ORDER = ("dense", "reference")
 
@@ -126,8 +131,8 @@ def trie_attention(
 ) -> Tensor | AttentionOutput:
     """Softmax attention in which each row of a packed trie sees its ancestors and itself.
 
-    With e = `subtree_end`, query i reads keys {j : j <= i < e[j]}; on a one-chain trie this is causal, on several chains
-    it is ordinary padding-free packing.
+    With e = `subtree_end`, query i reads keys {j : j <= i < e[j]}; on a one-chain trie this is causal, on several
+    chains it is ordinary padding-free packing.
 
     Args:
         q: Queries. Shape (N, H, D), stride(-1) == 1; any float dtype, of which each implementation says what it takes.
@@ -193,8 +198,8 @@ def available_impls() -> dict[str, str | None]:
 def choose_impl(call: AttentionCall) -> ImplChoice:
     """Say which implementation impl="auto" uses for a call, and why.
 
-    The rule: the first of `GPU_ORDER` (tensors on a GPU) or `CPU_ORDER` (elsewhere) that runs on this machine and accepts
-    the call's dtype, head dimensions and options.
+    The rule: the first of `GPU_ORDER` (tensors on a GPU) or `CPU_ORDER` (elsewhere) that accepts the call's device,
+    dtype, head dimensions and options.
 
     Args:
         call: `AttentionCall.build(q, k, v, subtree_end, window=..., ...)`, the arguments of `trie_attention`.
@@ -202,7 +207,7 @@ def choose_impl(call: AttentionCall) -> ImplChoice:
     order = GPU_ORDER if call.q.device.type == "cuda" else CPU_ORDER
     passed: list[str] = []
     for name in order:
-        why_not = _why_not(name, call)
+        why_not = IMPLS[name].why_unsupported(call)
         if why_not is None:
             reason = f"the first of {', '.join(order)} that takes this call on {call.q.device.type}"
             return ImplChoice(name, "; ".join([reason, *passed]))
@@ -214,17 +219,8 @@ def _check_impl(name: str, call: AttentionCall) -> None:
     """Raise unless the named implementation exists, runs on this machine and accepts the call."""
     if name not in IMPLS:
         raise ValueError(f"impl must be 'auto' or one of {', '.join(IMPLS)}, got {name!r}")
-    if why_not := _why_not(name, call):
-        able = [other for other in IMPLS if _why_not(other, call) is None]
+    if why_not := IMPLS[name].why_unsupported(call):
+        able = [other for other in IMPLS if IMPLS[other].why_unsupported(call) is None]
         raise ValueError(
             f"impl={name!r} cannot run this call: {why_not}; or use impl='auto' or one of {', '.join(able)}"
         )
-
-
-def _why_not(name: str, call: AttentionCall) -> str | None:
-    return _machine_lacks(name) or IMPLS[name].why_unsupported(call)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _machine_lacks(name: str) -> str | None:
-    return IMPLS[name].why_unavailable()

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tw_core.errors import ShapeError, TrieError
-from tw_core.masks import subtree_end_from_depth
+from tw_core.errors import ShapeError
+from tw_core.masks import check_forest, depth_from_subtree_end
 from tw_kernels.trie_attention.memo import once_per_tensor
 
 if TYPE_CHECKING:
@@ -134,53 +134,12 @@ class AttentionCall:
         return call
 
 
-def depth_from_subtree_end(subtree_end: Tensor) -> Tensor:
-    """Depth of each row: the rows before it less those whose subtree has ended.
-
-    Shape (N,) int32 -> (N,) int32, without a host synchronisation.
-    """
-    rows = torch.arange(subtree_end.shape[0], dtype=torch.int32, device=subtree_end.device)
-    ended = torch.searchsorted(subtree_end.sort().values, rows, right=True, out_int32=True)
-    return rows - ended
-
-
-def check_forest(subtree_end: Tensor, depth: Tensor | None = None) -> None:
-    """Raise `TrieError` unless `subtree_end` is that of a forest in preorder, along which `depth` rises by one.
-
-    Shape (N,) int32 each. Costs a sort and host synchronisations.
-    """
-    n = subtree_end.shape[0]
-    rows = torch.arange(n, dtype=torch.int32, device=subtree_end.device)
-    outside = (subtree_end <= rows) | (subtree_end > n)
-    if bool(outside.any()):
-        i = int(outside.int().argmax())
-        got = int(subtree_end[i])
-        raise TrieError(f"subtree_end[{i}] must lie in {i + 1}..{n}, got {got}; take subtree_end from PackedTrie")
-    # Counting open subtrees gives a level for any intervals; levels give nested intervals: the same ones for a forest.
-    level = depth_from_subtree_end(subtree_end)
-    crossing = subtree_end_from_depth(level) != subtree_end
-    if bool(crossing.any()):
-        i = int(crossing.int().argmax())
-        raise TrieError(
-            f"subtree_end must be that of a forest in preorder, but the subtree of row {i}, which ends at "
-            f"{int(subtree_end[i])}, crosses another; take subtree_end from PackedTrie"
-        )
-    if depth is not None and n > 1:
-        offset = depth - level  # rows of one tree are contiguous, so it may change at roots only
-        jumps = (level[1:] > 0) & (offset[1:] != offset[:-1])
-        if bool(jumps.any()):
-            i = int(jumps.int().argmax()) + 1
-            raise TrieError(
-                f"position_ids must rise by one from parent to child, but position_ids[{i}] is {int(depth[i])} where "
-                f"{int(offset[i - 1] + level[i])} was expected; take both from the same PackedTrie"
-            )
-
-
 def _autocast(x: Tensor) -> Tensor:
     """Under autocast, cast as scaled_dot_product_attention does: everything but float64 to autocast's dtype."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

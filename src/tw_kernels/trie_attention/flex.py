@@ -1,8 +1,8 @@
 """Trie attention through torch's FlexAttention and the BlockMask of tw_core.masks.
 
-On a GPU flex_attention is compiled once, with dynamic shapes: neither another length, nor another window, softcap or scale
-compiles again, since all of them reach the kernel as tensors. Elsewhere it runs as torch's eager emulation, whole score
-matrices, forward only (torch refuses its backward on a CPU): for tests.
+On a GPU flex_attention is compiled once, with dynamic shapes: neither another length, nor another window, softcap or
+scale compiles again, since all of them reach the kernel as tensors. Elsewhere it runs as torch's eager emulation, whole
+score matrices, forward only (torch refuses its backward on a CPU): for tests.
 Sinks are applied to the result: with z = exp(lse), attention with a sink s is out * z / (z + exp(s)).
 Guarded by tests/kernels/test_flex.py and test_impls.py.
 """
@@ -10,18 +10,17 @@ Guarded by tests/kernels/test_flex.py and test_impls.py.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from tw_core.masks import block_mask
 from tw_kernels.trie_attention.call import AttentionCall
 from tw_kernels.trie_attention.memo import once_per_tensor
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 
 def why_unavailable() -> str | None:
@@ -44,11 +43,15 @@ def why_unsupported(call: AttentionCall) -> str | None:
 
 def flex_trie_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """FlexAttention over the visible tiles. Returns out (N, H, Dv) and lse (H, N) float32."""
-    mask = once_per_tensor(call.subtree_end, ("block mask", call.window), lambda alias: _block_mask(call, alias))
+    mask = once_per_tensor(
+        call.subtree_end,
+        ("block mask", call.window),
+        lambda alias: block_mask(alias, depth=call.depth, window=call.window),
+    )
     # (N, H, D) -> (1, H, N, D)
     q, k, v = (x.transpose(0, 1)[None] for x in (call.q, call.k, call.v))
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = _compiled(q.device.type)(q, k, v, _score_mod(call), mask, call.group > 1)
+        out, lse = _compiled(q.device.type, _layout(call))(q, k, v, _score_mod(call), mask, call.group > 1)
         out, lse = out[0].transpose(0, 1), lse[0]
         if call.sinks is not None:
             sinks = call.sinks.to(lse.dtype)[:, None]  # (H, 1)
@@ -57,8 +60,10 @@ def flex_trie_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _block_mask(call: AttentionCall, subtree_end: Tensor) -> BlockMask:
-    return block_mask(subtree_end, depth=call.depth, window=call.window)
+def _layout(call: AttentionCall) -> tuple[object, ...]:
+    """What a compiled function is made for: dtype, heads, head dimensions, kinds of options."""
+    heads = (call.q.shape[1], call.k.shape[1], call.q.shape[2], call.v.shape[2])
+    return (call.q.dtype, *heads, call.window is not None, call.softcap is not None)
 
 
 def _score_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
@@ -75,19 +80,22 @@ def _score_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
 
 
 @functools.cache
-def _compiled(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The one compiled function of a device type; `dynamic` makes the number of rows symbolic at the first call."""
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+def _compiled(device_type: str, layout: tuple[object, ...]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The compiled function of one layout; `dynamic` makes the number of rows symbolic at the first call.
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, score_mod: Any, mask: BlockMask, grouped: bool
-    ) -> tuple[Tensor, Tensor]:
-        aux = AuxRequest(lse=True)
-        out, extra = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped, return_aux=aux)
-        return out, extra.lse
-
+    torch.compile gives up after 8 compilations of one code object, whoever asked for them; so each layout has its own.
+    """
+    code = _attend.__code__.replace(co_name=f"flex_attend_{'_'.join(map(str, layout))}")
+    attend = types.FunctionType(code, _attend.__globals__)
     backend = "inductor" if device_type == "cuda" else "eager"
     compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(
         attend, dynamic=True, fullgraph=True, backend=backend
     )
     return compiled
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, score_mod: Any, mask: BlockMask, grouped: bool) -> tuple[Tensor, Tensor]:
+    aux = AuxRequest(lse=True)
+    out, extra = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped, return_aux=aux)
+    assert extra.lse is not None
+    return out, extra.lse

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tw_core.masks import dense_mask
-from tw_kernels.trie_attention.call import AttentionCall, check_forest
+from tw_core.masks import check_forest, dense_mask
+from tw_kernels.trie_attention.call import AttentionCall
 
 
 def reference_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:

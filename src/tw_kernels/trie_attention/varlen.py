@@ -1,12 +1,12 @@
 """Trie attention segment by segment through variable-length flash attention.
 
-A segment is a maximal chain of only children; its rows stand together in preorder, so the packed queries are already the
-varlen batch. Keys and values are gathered along each segment's path from the root, and within a segment attention is
-causal from the bottom right, with a window in depth likewise. The gather is what this way pays: a shared prefix is copied
-once for each segment under it.
+A segment is a maximal chain of only children; its rows stand together in preorder, so the packed queries are already
+the varlen batch. Keys and values are gathered along each segment's path from the root; in a segment attention is
+causal from the bottom right, with a window in depth likewise. The gather is what this way pays: a shared prefix is
+copied once for each segment under it.
 
-On a GPU: flash-attn when it is installed, else torch.nn.attention.varlen. On a CPU, where neither exists, the segments run
-one by one through scaled_dot_product_attention: right, and a loop.
+On a GPU: flash-attn when it is installed, else torch.nn.attention.varlen. On a CPU, where neither exists, the segments
+run one by one through scaled_dot_product_attention: right, and a loop.
 Guarded by tests/kernels/test_varlen.py (segments) and test_impls.py.
 """
 
@@ -25,6 +25,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from tw_kernels.trie_attention.call import AttentionCall
 from tw_kernels.trie_attention.memo import once_per_tensor
 
+FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
+
 
 class Segments(NamedTuple):
     """The varlen batch of a packed trie: S segments, K gathered key rows.
@@ -42,8 +44,8 @@ class Segments(NamedTuple):
 def make_segments(subtree_end: Tensor, window: int | None = None) -> Segments:
     """Cut a packed trie into segments and list the key rows of each one's path.
 
-    With a window, rows that no query of the segment can see are left out at the path's start. Reads `subtree_end` on the
-    host, so it synchronises; work and memory grow with K.
+    With a window, rows that no query of the segment can see are left out at the path's start. Reads `subtree_end` on
+    the host, so it synchronises; work and memory grow with K.
 
     Args:
         subtree_end: Shape (N,), int32, N >= 1.
@@ -128,7 +130,7 @@ class _GatherRows(torch.autograd.Function):
 
 def why_unavailable() -> str | None:
     """None: flash-attn or torch's varlen attention on a GPU, SDPA elsewhere."""
-    if torch.cuda.is_available() and not _has_flash_attn() and "window_size" not in _torch_varlen_options():
+    if torch.cuda.is_available() and not FLASH_ATTN_INSTALLED and "window_size" not in _torch_varlen_options():
         return f"neither flash-attn nor torch.nn.attention.varlen with windows was found in torch {torch.__version__}"
     return None
 
@@ -138,13 +140,13 @@ def why_unsupported(call: AttentionCall) -> str | None:
     if call.sinks is not None:
         return "sinks must be None (varlen flash attention has no sinks)"
     on_gpu = call.q.device.type == "cuda"
-    if call.softcap is not None and not (on_gpu and _has_flash_attn()):
+    if call.softcap is not None and not (on_gpu and FLASH_ATTN_INSTALLED):
         return "softcap must be None (only flash-attn on a GPU has a logit cap)"
     if on_gpu and call.q.dtype not in (torch.float16, torch.bfloat16):
         return f"q must be float16 or bfloat16 on a GPU, got {call.q.dtype}"
     if on_gpu and max(call.q.shape[2], call.v.shape[2]) > 256:
         return f"head dimensions must be at most 256, got D={call.q.shape[2]} and Dv={call.v.shape[2]}"
-    if on_gpu and call.deterministic and not (_has_flash_attn() or torch.are_deterministic_algorithms_enabled()):
+    if on_gpu and call.deterministic and not (FLASH_ATTN_INSTALLED or torch.are_deterministic_algorithms_enabled()):
         return "deterministic=True needs flash-attn or torch.use_deterministic_algorithms(True)"
     return None
 
@@ -175,7 +177,7 @@ def _flash(call: AttentionCall, k: Tensor, v: Tensor, segments: Segments) -> tup
     q, k, v = (pad(x, (0, width - x.shape[2])) if x.shape[2] < width else x for x in (call.q, k, v))
     window = (-1, 0) if call.window is None else (call.window - 1, 0)
     batch = (q, k, v, segments.cu_queries, segments.cu_keys, segments.max_queries, segments.max_keys)
-    if _has_flash_attn():
+    if FLASH_ATTN_INSTALLED:
         from flash_attn import flash_attn_varlen_func
 
         out, lse, _ = flash_attn_varlen_func(
@@ -238,11 +240,6 @@ def _segment_lse(call: AttentionCall, q: Tensor, k: Tensor, mask: Tensor | None)
     if mask is None:
         mask = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).tril()
     return logits.masked_fill_(~mask, float("-inf")).logsumexp(dim=-1)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
 
 
 @functools.cache
