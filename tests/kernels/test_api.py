@@ -131,7 +131,7 @@ def test_defaults_mean_what_they_say() -> None:
 def test_window_counts_depth_and_not_rows() -> None:
     """Siblings between a row and its parent must not use up the window."""
     q, k, v = qkv()
-    last = int(TRIE.last_rows[-1])
+    last = int(torch.nonzero(TRIE.depth[1:] < TRIE.depth[:-1])[-1]) + 2  # second row of the last branch
     path = torch.nonzero(TRIE.subtree_end[: last + 1] > last)[:, 0]
     assert path[-4] < last - 4  # other branches stand between
     out = trie_attention(q, k, v, TRIE.subtree_end, window=4)
