@@ -76,7 +76,7 @@ def check_format(
     Text that is none of our tags (`<n>`, `a<b`) is plain text.
 
     Args:
-        text: The response, or prompt and response.
+        text: The response; tags that a prompt mentions would be problems.
         nested: Whether a thread may hold blocks (False: the paper's flat format).
         require_block: Whether a text without a block is a problem.
         allow_text_between_threads: Whether anything may stand between two threads and around a conclusion.

@@ -14,8 +14,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+from tw_core.check import FormatReport, Problem, check_format
 from tw_core.scanner import ROOT, scan, text_tags
 from tw_core.tags import CONCLUSION, LABEL, OUTLINE, OUTLINES, PARALLEL, TAGS, THREAD
+
+# The whole language of the format under one name; the check itself is in tw_core.check.
+__all__ = [
+    "TAGS",
+    "Block",
+    "Conclusion",
+    "Element",
+    "FormatReport",
+    "Outline",
+    "Outlines",
+    "Problem",
+    "Thread",
+    "Trajectory",
+    "check_format",
+    "parse",
+    "render",
+]
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def extract_units(token_ids: Any, tag_ids: TagIds, prompt_length: int, *, nested
     - outlines without a number, closed twice, or not followed by the exact header of their first number do
       not fork: the ids go on as sequential text, all of them the model's;
     - a thread whose header is not the exact one of the next outline is not taken as one: the join is there;
-    - a thread that is not closed goes on to the end of the ids; a call that wrote nothing is left out;
+    - a thread that is not closed goes on to the end of the ids, a header cut off there is still glue, and a
+      call that wrote nothing is left out, so the units of a prefix are those of the whole, cut;
     - a closer that a decoder forced is not told from a generated one: where that matters (no loss on it),
       use the units of the rollout.
 
@@ -177,8 +178,7 @@ class _Replay:
                 if len(fork.threads) < len(fork.labels) and self._starts(after, fork.labels[len(fork.threads)], False):
                     skip_to = self._open(stack, after)
                 else:
-                    newline = self.tag_ids.join_newline
-                    fork.join = after + (len(newline) if self._holds(after, newline) else 0)
+                    fork.join = after + self._held(after, self.tag_ids.join_newline)
         for stream in stack:
             stream.end = len(self.ids)
         for stream in stack[:-1]:
@@ -188,17 +188,20 @@ class _Replay:
     def _open(self, stack: list[_Stream], at: int) -> int:
         """Opens the next thread, whose <Thread> is at `at`; returns the end of its header."""
         fork = stack[-1].forks[-1]
-        start = at + 1 + len(fork.labels[len(fork.threads)])
+        start = min(at + 1 + len(fork.labels[len(fork.threads)]), len(self.ids))
         fork.threads.append(thread := _Stream(at, start))
         stack.append(thread)
         return start
 
     def _starts(self, at: int, label: Ids, first: bool) -> bool:
         """Whether the injected header with this label stands at `at`."""
-        return self._holds(at, (*(self.tag_ids.join_newline if first else ()), self.tag_ids.thread_open, *label))
+        newline = self.tag_ids.join_newline if first else ()
+        return self._held(at, (*newline, self.tag_ids.thread_open, *label)) > 0
 
-    def _holds(self, at: int, piece: Ids) -> bool:
-        return tuple(self.ids[at : at + len(piece)].tolist()) == piece
+    def _held(self, at: int, piece: Ids) -> int:
+        """How many ids of a piece of glue stand at `at`: all, fewer only where the ids end, else 0."""
+        here = tuple(self.ids[at : at + len(piece)].tolist())
+        return len(here) if here == piece or (at + len(here) == len(self.ids) and here == piece[: len(here)]) else 0
 
 
 def _emit(ids: Int64[np.ndarray, " L"], tag_ids: TagIds, root: _Stream) -> list[Unit]:

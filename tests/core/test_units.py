@@ -1,5 +1,6 @@
 """extract_units against a played engine, and the defined results on ids no engine wrote."""
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,6 +28,23 @@ def _thread(number: int, *body: int) -> list[int]:
 def test_units_are_the_calls_of_a_played_engine(played: Simulated) -> None:
     units = extract_units(played.ids, TAG_IDS, played.prompt_length)
     assert _pairs(units) == played.units
+
+
+@given(simulated(depth=3))
+def test_the_last_call_and_its_context_are_the_joined_ids(played: Simulated) -> None:
+    units = extract_units(played.ids, TAG_IDS, played.prompt_length)
+    if units:
+        assert [*units[-1].context, *units[-1].completion] == played.ids
+
+
+@given(simulated(), st.floats(0, 1))
+def test_units_of_a_prefix_are_those_of_the_whole_cut(played: Simulated, share: float) -> None:
+    stop = played.prompt_length + int((len(played.ids) - played.prompt_length) * share)
+    *done, last = _pairs(extract_units(played.ids[:stop], TAG_IDS, played.prompt_length)) or [([], [])]
+    assert done == played.units[: len(done)]
+    if last != ([], []):
+        context, completion = played.units[len(done)]
+        assert last == (context, completion[: len(last[1])])
 
 
 @given(simulated())
