@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "ForkJoinDecoder": "tw_recipes.decoding.decoder",
+    "ScriptedEngine": "tw_recipes.decoding.scripted_engine",
+    "TransformersEngine": "tw_recipes.decoding.transformers_engine",
     "TrieCollator": "tw_recipes.sft.collator",
     "TrieSFTConfig": "tw_recipes.sft.config",
     "TrieSFTTrainer": "tw_recipes.sft.trainer",

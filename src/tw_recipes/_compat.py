@@ -1,6 +1,7 @@
 """Every version check of transformers, trl and peft, each with the event that removes it."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
@@ -28,3 +29,31 @@ def require(package: str) -> None:
         raise ImportError(
             f"{package} must be {wanted}, got {found}: its private hooks differ there; pip install '{package}{wanted}'"
         )
+
+
+def continuous_batching_config(page_size: int, **options: Any) -> Any:
+    """transformers' ContinuousBatchingConfig; 5.17 calls `page_size` `block_size`. Removed with 5.17."""
+    from dataclasses import fields
+
+    from transformers import ContinuousBatchingConfig
+
+    known = {field.name for field in fields(ContinuousBatchingConfig)}
+    options["page_size" if "page_size" in known else "block_size"] = page_size
+    return ContinuousBatchingConfig(**options)
+
+
+def watch_prefix_cache(manager: Any, cached: dict[str, int]) -> None:
+    """Write how many tokens of each request came from the prefix cache into `cached`, by request id.
+
+    Removed when transformers reports it in its `GenerationOutput`.
+    """
+    manager.batch_processor = manager._create_batch_processor()
+    cache = manager.batch_processor.cache
+    search = cache.search_prefix_match
+
+    def searched(request_id: str, prompt_ids: list[int]) -> int:
+        found = search(request_id, prompt_ids)
+        cached[request_id] = max(found, cached.get(request_id, 0))
+        return found
+
+    cache.search_prefix_match = searched
