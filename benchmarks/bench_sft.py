@@ -4,12 +4,12 @@
     python -m benchmarks.bench_sft --tiny --out DIR   the same code on a CPU (its test)
 
 Both runs start from the same weights and take the same fork/join samples in the same order, one sample a step, with
-activation checkpointing, TRL's fused head and AdamW. "trie": one packed row through impl="triton". "expanded": its units
-one after another, padding-free, through varlen flash attention, in as few rows as fit `--row-budget`. Each run is warmed
-up on the first sample before its clock starts; step_ms is the median over the steps.
+activation checkpointing, TRL's fused head and AdamW. "trie": one packed row through impl="triton". "expanded": its
+units one after another, padding-free, through varlen flash attention, in as few rows as fit `--row-budget`. Each run is
+warmed up on the first sample before its clock starts; step_ms is the median over the steps.
 
-flop_ratio counts the linear layers by tokens and attention by visible pairs, expanded over trie; the head runs on trained
-tokens alone and costs both the same. sharing_efficiency = (expanded step_ms / trie step_ms) / flop_ratio.
+flop_ratio counts the linear layers by tokens and attention by visible pairs, expanded over trie; the head runs on
+trained tokens alone and costs both the same. sharing_efficiency = (expanded step_ms / trie step_ms) / flop_ratio.
 """
 
 from __future__ import annotations

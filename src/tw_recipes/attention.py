@@ -192,7 +192,9 @@ def _backbone(model: nn.Module) -> PreTrainedModel:
     base = unwrap(model)
     if not isinstance(base, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel (or wrap one), got {type(base).__name__}")
-    return base.base_model
+    # What every forward of the model goes through: OPT's head calls the decoder inside its base model.
+    decoder = base.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else base.base_model
 
 
 def install(model: nn.Module, *, impl: str = "auto", probe: bool = True) -> nn.Module:

@@ -18,7 +18,8 @@ from tw_recipes import hybrid
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# Kinds of layers that follow a trie: softmax attention, and layers that mix nothing along the row.
+EXACT_LAYERS = {"attention", "full_attention", "mlp", "moe", "sliding_attention"}
 
 
 class UnsupportedModelError(ThreadWeaverError, ValueError):
@@ -87,7 +88,7 @@ def _attention_problems(base: PreTrainedModel) -> list[str]:
         reasons.append(f"its attention {layer} does not use transformers' AttentionInterface".replace("  ", " "))
     text = config.get_text_config()
     for index, kind in enumerate(getattr(text, "layer_types", None) or []):
-        if kind not in ATTENTION_LAYERS and not _is_recurrent_kind(kind):
+        if kind not in EXACT_LAYERS and not _is_recurrent_kind(kind):
             reasons.append(f"layer {index} is {kind!r}, which is not full or sliding-window attention")
             break
     return reasons

@@ -183,7 +183,9 @@ def _pack_batch(
             if not pieces:
                 raise RowError("no_targets", "every loss mask is empty, so nothing is trained")
         except BudgetError as error:
-            problems.append(_problem(index, "overlong", f"{error} (max_tokens={max_tokens})"))
+            problems.append(
+                _problem(index, "overlong", f"{error}; the budget is max_tokens, max_length in TrieSFTConfig")
+            )
         except RowError as error:
             problems.append(_problem(index, error.kind, str(error)))
         except ThreadWeaverError as error:

@@ -1,7 +1,7 @@
 """One row of a data set, in any accepted format, -> `ReasoningTrie`.
 
     {"prompt": str, "text": str}                 fork/join text; loss on what the model writes
-    {"messages": [{"role", "content"}, ...]}     chat; every assistant turn is trained, from its own rendered context
+    {"messages": [{"role", "content"}, ...][, "tools"]}     chat; every assistant turn is trained, from its own context
     {"units": [[context ids, completion ids], …]}
     {"sequences": [[ids], …], "loss_masks": [[0/1], …]}     loss_masks may be missing: all but the first token
 
@@ -62,7 +62,10 @@ def row_to_trie(row: Mapping[str, Any], tokenizer: Any = None) -> ReasoningTrie:
     else:
         if tokenizer is None:
             raise RowError("tokenizer", f"rows with {kind!r} need a tokenizer; pass one to the collator or trainer")
-        turns = chat_turns(row["messages"], tokenizer) if kind == "messages" else [(row["prompt"], row["text"])]
+        if kind == "messages":
+            turns = chat_turns(row["messages"], tokenizer, row.get("tools"))
+        else:
+            turns = [(row["prompt"], row["text"])]
         trie = ReasoningTrie.from_units(
             [unit for prompt, text in turns for unit in text_units(prompt, text, tokenizer)]
         )
@@ -87,7 +90,7 @@ def text_units(prompt: str, text: str, tokenizer: Any) -> list[Unit]:
     return units
 
 
-def chat_turns(messages: list[Mapping[str, Any]], tokenizer: Any) -> list[tuple[str, str]]:
+def chat_turns(messages: list[Mapping[str, Any]], tokenizer: Any, tools: Any = None) -> list[tuple[str, str]]:
     """(rendered context, written text) of each assistant turn.
 
     The context is what the chat template gives an inference engine before that turn, so templates that drop the
@@ -97,8 +100,12 @@ def chat_turns(messages: list[Mapping[str, Any]], tokenizer: Any) -> list[tuple[
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            messages[:index], tools=tools, tokenize=False, add_generation_prompt=True
+        )
         text = message["content"]
+        if not isinstance(text, str):
+            raise RowError("content", f"the content of an assistant turn must be a string, got {type(text).__name__}")
         if message.get("reasoning_content"):
             text = f"<think>\n{message['reasoning_content']}\n</think>\n\n{text}"
         # Some templates open the reasoning themselves.

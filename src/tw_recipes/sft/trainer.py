@@ -115,6 +115,11 @@ class TrieSFTTrainer(SFTTrainer):
         if head is not None and not hasattr(head, "bias"):
             # PEFT wraps a head that is tied to trained token rows; TRL's fused head reads its bias.
             head.register_parameter("bias", None)
+        if self.aux_loss_enabled:
+            logger.warning(
+                "the load-balancing loss of this mixture-of-experts model is taken over unique tokens, not over the "
+                "expanded ones; set router_aux_loss_coef=0.0 for gradients that equal the expanded run"
+            )
         # Under FSDP the weights are still on the CPU here, where GPU implementations cannot be probed.
         install(self.model, impl=args.attention_impl, probe=args.attention_impl == "auto" or not self.is_fsdp_enabled)
         self._tally = {"logical": 0, "computed": 0}

@@ -93,3 +93,16 @@ def test_compiles_without_a_graph_break():
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert packed_loss(compiled, units).item() == pytest.approx(expected.item(), rel=TOLERANCE)
+
+
+def test_a_model_without_a_head():
+    model = tiny_model("llama").model
+    install(model)
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "position_ids": torch.tensor([[0, 1, 1]]),
+        "subtree_end": torch.tensor([[3, 2, 3]], dtype=torch.int32),
+    }
+    packed = model(**batch, target_rows=torch.tensor([[2, 0, 2]])).last_hidden_state[0]
+    alone = model(input_ids=torch.tensor([[5, 7]])).last_hidden_state[0]
+    torch.testing.assert_close(packed, alone[[1, 0, 1]])

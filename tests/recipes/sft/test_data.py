@@ -119,7 +119,7 @@ def test_problems_stop_or_are_counted_by_kind(tokenizer):
 
 
 def test_a_budget_below_the_shortest_unit_is_refused(tokenizer):
-    with pytest.raises(RowError, match=r"overlong 6.*max_tokens=8.*none would be left"):
+    with pytest.raises(RowError, match=r"overlong 6.*max_tokens=8.*max_length in TrieSFTConfig.*none would be left"):
         prepare_dataset(Dataset.from_list(FORK_ROWS), tokenizer, max_tokens=8, drop_invalid=True)
 
 
