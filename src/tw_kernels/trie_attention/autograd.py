@@ -1,0 +1,190 @@
+"""Registers the Triton kernels with torch.library: one op forward, one backward, one for the plan.
+
+Saved for the backward: q, k, v, o, lse, sinks and the integer tensors (subtree_end, depth, plan). Computed again there:
+logits and probabilities. torch.compile sees opaque ops with fake kernels; the plan op is pure, so that a compiled graph
+computes it once for all its layers.
+Guarded by tests/kernels/test_opcheck.py (registration, compile) and test_triton.py (values).
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from tw_core.errors import ShapeError
+from tw_kernels.trie_attention.backward import launch_backward
+from tw_kernels.trie_attention.call import AttentionCall
+from tw_kernels.trie_attention.config import Pass, TileConfig, pick_config, plan_block
+from tw_kernels.trie_attention.forward import launch_forward
+from tw_kernels.trie_attention.plan import BlockPlan, cached_plan, plan_data, plan_size
+
+
+@torch.library.custom_op("threadweaver::trie_plan", mutates_args=())
+def trie_plan(subtree_end: Tensor, depth: Optional[Tensor], window: Optional[int], block: int) -> Tensor:  # noqa: UP045
+    """`BlockPlan.data`, made anew."""
+    return plan_data(subtree_end, depth, window, block)
+
+
+@trie_plan.register_fake
+def _(subtree_end: Tensor, depth: Tensor | None, window: int | None, block: int) -> Tensor:
+    return subtree_end.new_empty(plan_size(subtree_end.shape[0], block), dtype=torch.int32)
+
+
+@torch.library.custom_op("threadweaver::trie_attention", mutates_args=())
+def forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Optional[Tensor],  # noqa: UP045
+    subtree_end: Tensor,
+    depth: Optional[Tensor],  # noqa: UP045
+    plan: Tensor,
+    block: int,
+    scale: float,
+    window: Optional[int],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+) -> tuple[Tensor, Tensor]:
+    """o (N, H, Dv) and lse (H, N) float32."""
+    with torch.cuda.device_of(q):
+        return launch_forward(
+            _addressable(q, block),
+            _addressable(k, block),
+            _addressable(v, block),
+            subtree_end,
+            depth,
+            sinks,
+            BlockPlan(plan, q.shape[0], block, window),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            config=_config(q, v, "forward"),
+        )
+
+
+@forward_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    n, num_heads, _dim = q.shape
+    return q.new_empty((n, num_heads, v.shape[2])), q.new_empty((num_heads, n), dtype=torch.float32)
+
+
+@torch.library.custom_op("threadweaver::trie_attention_backward", mutates_args=())
+def backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Optional[Tensor],  # noqa: UP045
+    subtree_end: Tensor,
+    depth: Optional[Tensor],  # noqa: UP045
+    plan: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    grad_o: Tensor,
+    block: int,
+    scale: float,
+    window: Optional[int],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dsinks, the last one empty without sinks."""
+    with torch.cuda.device_of(q):
+        dq, dk, dv, dsinks = launch_backward(
+            _addressable(q, block),
+            _addressable(k, block),
+            _addressable(v, block),
+            subtree_end,
+            depth,
+            sinks,
+            BlockPlan(plan, q.shape[0], block, window),
+            o,
+            lse,
+            _addressable(grad_o, block),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            dq_config=_config(q, v, "dq"),
+            dkv_config=_config(q, v, "dkv"),
+        )
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+@backward_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, sinks, subtree_end, depth, plan, *options = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, sinks, subtree_end, depth, plan, o, lse)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad_o: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, o, lse = ctx.saved_tensors
+    dq, dk, dv, dsinks = torch.ops.threadweaver.trie_attention_backward(*tensors, o, lse, grad_o, *ctx.options)
+    sinks = tensors[3]
+    return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def triton_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Trie attention by the Triton kernels.
+
+    Args:
+        call: A validated call of at least one row. Its plan, when given, must be that of its subtree_end and window.
+
+    Returns:
+        o (N, H, Dv) in q's dtype and lse (H, N) in float32, the latter without gradient.
+
+    Raises:
+        ShapeError: The plan was made for another number of rows.
+        ValueError: The plan was made for another window or on another device.
+    """
+    q, scale, end, depth = call.q, call.scale, call.subtree_end, call.depth
+    if scale < 0:  # the kernels scale after taking a maximum
+        q, scale = -q, -scale
+    if not torch.compiler.is_compiling() and end.is_inference() and not torch.is_inference_mode_enabled():
+        # Autograd cannot save tensors of inference mode.
+        end = end.clone()
+    if not torch.compiler.is_compiling() and depth is not None and depth.is_inference():
+        depth = depth if torch.is_inference_mode_enabled() else depth.clone()
+    if call.plan is not None:
+        _check_plan(call.plan, call)
+        block, data = call.plan.block, call.plan.data
+    else:
+        block = plan_block(end.device)
+        if torch.compiler.is_compiling():
+            data = torch.ops.threadweaver.trie_plan(end, depth, call.window, block)
+        else:
+            data = cached_plan(end, depth, call.window, block).data
+    o, lse = torch.ops.threadweaver.trie_attention(
+        q, call.k, call.v, call.sinks, end, depth, data, block, scale, call.window, call.softcap
+    )
+    return o, lse
+
+
+def _check_plan(plan: BlockPlan, call: AttentionCall) -> None:
+    n = call.q.shape[0]
+    if plan.num_rows != n:
+        raise ShapeError(f"plan must be for N={n} rows, got one for {plan.num_rows}; call make_plan(subtree_end)")
+    if plan.window != call.window:
+        raise ValueError(
+            f"plan must be for window={call.window}, got one for window={plan.window}; "
+            "call make_plan(subtree_end, window=...), one plan for each window"
+        )
+    if plan.data.device != call.q.device:
+        raise ValueError(f"plan must be on the device of q, {call.q.device}, got {plan.data.device}; build it there")
+
+
+def _addressable(x: Tensor, block: int) -> Tensor:
+    """`x` with a contiguous last dimension and strides whose offsets inside a tile fit 32 bits."""
+    fits = max(abs(stride) for stride in x.stride()) * block < 2**31 if x.shape[0] > 1 else True
+    return x if x.stride(-1) == 1 and fits else x.contiguous()
+
+
+def _config(q: Tensor, v: Tensor, kernel: Pass) -> TileConfig:
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    return pick_config(q.shape[2], v.shape[2], q.dtype, capability, kernel)

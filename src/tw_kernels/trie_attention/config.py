@@ -1,0 +1,120 @@
+"""Tile sizes of the Triton kernels: a table per chip, head dimension and dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Pass = Literal["forward", "dq", "dkv"]
+
+# Rows of a plan's blocks on a GPU; every tile size divides it. Smaller blocks skip more and make longer lists.
+PLAN_BLOCK = 128
+# In Triton's interpreter: the tests' tries are small, and so that they have skipped, full and partial tiles.
+INTERPRETER_PLAN_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one kernel is tiled and compiled.
+
+    Attributes:
+        block_m: Query rows of a tile.
+        block_n: Key rows of a tile.
+        num_warps: Warps of a program.
+        num_stages: Depth of the load pipeline.
+        head_slowest: Finish one key head before the next (`tiles.scheduled`).
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    head_slowest: bool = True
+
+    def options(self) -> dict[str, int | bool]:
+        """As launch arguments."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "HEAD_SLOWEST": self.head_slowest,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+_INTERPRETER = TileConfig(64, 64, 1, 1)
+
+# (padded head dimension) -> tiles; 16-bit inputs. Measured on one H100, see docs/performance.md.
+_SM90_16BIT: dict[Pass, dict[int, TileConfig]] = {
+    "forward": {
+        64: TileConfig(128, 128, 8, 3),
+        128: TileConfig(128, 128, 8, 2),
+        256: TileConfig(128, 64, 8, 2),
+    },
+    "dq": {
+        64: TileConfig(128, 64, 8, 3),
+        128: TileConfig(128, 64, 8, 3),
+        256: TileConfig(64, 64, 8, 1),
+    },
+    "dkv": {
+        64: TileConfig(64, 128, 8, 3),
+        128: TileConfig(64, 128, 8, 2),
+        256: TileConfig(64, 64, 8, 1),
+    },
+}
+# Other chips (sm_80 and later): unmeasured, within the 99 KiB of shared memory that the smallest of them gives a block.
+_ANY_16BIT: dict[Pass, dict[int, TileConfig]] = {
+    "forward": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 32, 4, 2), 256: TileConfig(32, 32, 4, 1)},
+    "dq": {64: TileConfig(64, 32, 4, 2), 128: TileConfig(64, 32, 4, 1), 256: TileConfig(32, 32, 4, 1)},
+    "dkv": {64: TileConfig(32, 64, 4, 2), 128: TileConfig(32, 64, 4, 1), 256: TileConfig(32, 32, 4, 1)},
+}
+# float32 on every chip: ordinary arithmetic, a tool for checks rather than for speed.
+_ANY_32BIT: dict[Pass, dict[int, TileConfig]] = {
+    "forward": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
+    "dq": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
+    "dkv": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
+}
+
+
+def pick_config(
+    head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, kernel: Pass
+) -> TileConfig:
+    """The table's tiles.
+
+    Args:
+        head_dim: D, 1..256.
+        value_dim: Dv, 1..256.
+        dtype: float16, bfloat16 or float32.
+        capability: `torch.cuda.get_device_capability(device)`; None in Triton's interpreter.
+        kernel: Which kernel.
+
+    Raises:
+        ValueError: A head dimension is out of range.
+    """
+    width = max(head_dim, value_dim)
+    if not 1 <= width <= 256:
+        raise ValueError(f"head dimensions must be at most 256, got D={head_dim} and Dv={value_dim}")
+    if capability is None:
+        return _INTERPRETER
+    if dtype == torch.float32:
+        table = _ANY_32BIT
+    else:
+        table = _SM90_16BIT if capability[0] == 9 else _ANY_16BIT
+    return table[kernel][max(64, padded(width))]
+
+
+def plan_block(device: torch.device) -> int:
+    """Rows of a plan's blocks on a device."""
+    return PLAN_BLOCK if device.type == "cuda" else INTERPRETER_PLAN_BLOCK
+
+
+def padded(dim: int) -> int:
+    """Columns of a tile that holds `dim`: a power of two, 16 at least."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def matmul_precision() -> str:
+    """How float32 products are computed: exactly, unless torch.set_float32_matmul_precision allows TF32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
