@@ -146,6 +146,7 @@ def triton_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     q, scale, end, depth = call.q, call.scale, call.subtree_end, call.depth
     if scale < 0:  # the kernels scale after taking a maximum
         q, scale = -q, -scale
+    scale = max(scale, 1e-30)  # and would meet 0 times -inf
     if not torch.compiler.is_compiling() and end.is_inference() and not torch.is_inference_mode_enabled():
         # Autograd cannot save tensors of inference mode.
         end = end.clone()

@@ -33,30 +33,19 @@ from tw_kernels.trie_attention.tiles import (
 
 
 @triton.jit
-def _probabilities(products, lse, scale, softcap, seen, HAS_SOFTCAP: tl.constexpr, PARTIAL: tl.constexpr):
-    """p, and the derivative of the cap (1 without); `lse` broadcasts and is in units of log 2."""
-    logits, bent = logits_base2(products, scale, softcap, HAS_SOFTCAP)
-    p = tl.exp2(logits - lse)
-    if PARTIAL:
-        p = tl.where(seen, p, 0.0)
-    if HAS_SOFTCAP:
-        return p, 1.0 - bent * bent
-    return p, 1.0
-
-
-@triton.jit
 def _dq_step(
-    q, do, dq, lse, delta, first_k, q_rows, q_depths,
+    q, do, dq, lse, delta, first_k, partial, q_rows, q_depths,
     k_ptr, v_ptr, end_ptr, depth_ptr, stride_kn, stride_vn, n_rows, window, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what BLOCK_N keys from row `first_k` give to dq, without the scale."""
     k = load_tile(k_ptr, first_k, stride_kn, n_rows, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
     v = load_tile(v_ptr, first_k, stride_vn, n_rows, DV, BLOCK_N, BLOCK_DV)  # (BLOCK_N, BLOCK_DV)
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    seen = True
-    if PARTIAL:
+    logits, bent = logits_base2(products, scale, softcap, HAS_SOFTCAP)
+    p = tl.exp2(logits - lse[:, None])
+    if partial:
         k_ends = load_row_ints(end_ptr, first_k, n_rows, BLOCK_N)
         k_rows = first_k + tl.arange(0, BLOCK_N)
         k_depths = k_rows
@@ -66,9 +55,11 @@ def _dq_step(
             q_rows[:, None], k_rows[None, :], k_ends[None, :], q_depths[:, None], k_depths[None, :],
             window, depth_ptr is not None,
         )  # fmt: skip
-    p, slope = _probabilities(products, lse[:, None], scale, softcap, seen, HAS_SOFTCAP, PARTIAL)
+        p = tl.where(seen, p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    ds = p * (dp - delta[:, None]) * slope
+    ds = p * (dp - delta[:, None])
+    if HAS_SOFTCAP:
+        ds = ds * (1.0 - bent * bent)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -108,34 +99,25 @@ def _dq_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     partial, n_partial, full, n_full = tile_list(plan_ptr, block, num_blocks, False)
-    key_block = listed_block(partial, 0, n_partial)
-    for t in range(0, n_partial * STEPS):
+    key_block = listed_block(partial, n_partial, full, n_full, 0)
+    for t in range(0, (n_partial + n_full) * STEPS):
         first_k = key_block * BLOCK + (t % STEPS) * BLOCK_N
-        key_block = listed_block(partial, (t + 1) // STEPS, n_partial)
+        key_block = listed_block(partial, n_partial, full, n_full, (t + 1) // STEPS)
         dq = _dq_step(
-            q, do, dq, lse, delta, first_k, q_rows, q_depths,
+            q, do, dq, lse, delta, first_k, t < n_partial * STEPS, q_rows, q_depths,
             k_ptr, v_ptr, end_ptr, depth_ptr, stride_kn, stride_vn, n_rows, window, scale, softcap,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_SOFTCAP, PRECISION, True,
-        )  # fmt: skip
-    key_block = listed_block(full, 0, n_full)
-    for t in range(0, n_full * STEPS):
-        first_k = key_block * BLOCK + (t % STEPS) * BLOCK_N
-        key_block = listed_block(full, (t + 1) // STEPS, n_full)
-        dq = _dq_step(
-            q, do, dq, lse, delta, first_k, q_rows, q_depths,
-            k_ptr, v_ptr, end_ptr, depth_ptr, stride_kn, stride_vn, n_rows, window, scale, softcap,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_SOFTCAP, PRECISION, False,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     store_tile(dq_ptr + wide_head * stride_dqh, dq * scale, first_q, stride_dqn, n_rows, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def _dkv_step(
-    k, v, dk, dv, head, first_q, k_rows, k_ends, k_depths,
+    k, v, dk, dv, head, first_q, partial, k_rows, k_ends, k_depths,
     q_ptr, do_ptr, lse_ptr, delta_ptr, depth_ptr, stride_qn, stride_qh, stride_don, stride_doh,
     n_rows, window, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what BLOCK_M queries of one head from row `first_q` give to dk, without the scale, and dv.
 
@@ -145,8 +127,9 @@ def _dkv_step(
     q = load_tile(q_ptr + wide_head * stride_qh, first_q, stride_qn, n_rows, D, BLOCK_M, BLOCK_D)
     lse = load_row_floats(lse_ptr + wide_head * n_rows, first_q, n_rows, BLOCK_M) * LOG2_E
     products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-    seen = True
-    if PARTIAL:
+    logits, bent = logits_base2(products, scale, softcap, HAS_SOFTCAP)
+    p = tl.exp2(logits - lse[None, :])
+    if partial:
         q_rows = first_q + tl.arange(0, BLOCK_M)
         q_depths = q_rows
         if depth_ptr is not None:
@@ -155,13 +138,16 @@ def _dkv_step(
             q_rows[None, :], k_rows[:, None], k_ends[:, None], q_depths[None, :], k_depths[:, None],
             window, depth_ptr is not None,
         )  # fmt: skip
-    # Query rows past the end have q = do = delta = 0: they add p^T 0 and p (0 - 0).
-    p, slope = _probabilities(products, lse[None, :], scale, softcap, seen, HAS_SOFTCAP, PARTIAL)
+        p = tl.where(seen, p, 0.0)
+    # Query rows past the end have q = do = delta = 0: they add p (0 - 0) and p^T 0.
     do = load_tile(do_ptr + wide_head * stride_doh, first_q, stride_don, n_rows, DV, BLOCK_M, BLOCK_DV)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     delta = load_row_floats(delta_ptr + wide_head * n_rows, first_q, n_rows, BLOCK_M)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-    ds = p * (dp - delta[None, :]) * slope
+    ds = p * (dp - delta[None, :])
+    if HAS_SOFTCAP:
+        ds = ds * (1.0 - bent * bent)
+    # dv only now: with its product before that of dp, ptxas spills.
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -197,27 +183,16 @@ def _dkv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
     partial, n_partial, full, n_full = tile_list(plan_ptr, block, num_blocks, True)
-    query_block = listed_block(partial, 0, n_partial)
-    for t in range(0, n_partial * STEPS):
+    query_block = listed_block(partial, n_partial, full, n_full, 0)
+    for t in range(0, (n_partial + n_full) * STEPS):
         head = kv_head * GROUP + t % GROUP
         first_q = query_block * BLOCK + (t // GROUP % (BLOCK // BLOCK_M)) * BLOCK_M
-        query_block = listed_block(partial, (t + 1) // STEPS, n_partial)
+        query_block = listed_block(partial, n_partial, full, n_full, (t + 1) // STEPS)
         dk, dv = _dkv_step(
-            k, v, dk, dv, head, first_q, k_rows, k_ends, k_depths,
+            k, v, dk, dv, head, first_q, t < n_partial * STEPS, k_rows, k_ends, k_depths,
             q_ptr, do_ptr, lse_ptr, delta_ptr, depth_ptr, stride_qn, stride_qh, stride_don, stride_doh,
             n_rows, window, scale, softcap,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_SOFTCAP, PRECISION, True,
-        )  # fmt: skip
-    query_block = listed_block(full, 0, n_full)
-    for t in range(0, n_full * STEPS):
-        head = kv_head * GROUP + t % GROUP
-        first_q = query_block * BLOCK + (t // GROUP % (BLOCK // BLOCK_M)) * BLOCK_M
-        query_block = listed_block(full, (t + 1) // STEPS, n_full)
-        dk, dv = _dkv_step(
-            k, v, dk, dv, head, first_q, k_rows, k_ends, k_depths,
-            q_ptr, do_ptr, lse_ptr, delta_ptr, depth_ptr, stride_qn, stride_qh, stride_don, stride_doh,
-            n_rows, window, scale, softcap,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_SOFTCAP, PRECISION, False,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     store_tile(dk_ptr + wide_head * stride_dkh, dk * scale, first_k, stride_dkn, n_rows, D, BLOCK_N, BLOCK_D)
     store_tile(dv_ptr + wide_head * stride_dvh, dv, first_k, stride_dvn, n_rows, DV, BLOCK_N, BLOCK_DV)

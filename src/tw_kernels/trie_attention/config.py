@@ -41,6 +41,8 @@ class TileConfig:
             "HEAD_SLOWEST": self.head_slowest,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            # Triton 3.10 turns contraction to multiply-add off by default.
+            "enable_fp_fusion": True,
         }
 
 

@@ -2,7 +2,8 @@
 
 Layout    q, o: (N, H, D); k, v: (N, Hkv, D), stride(-1) == 1. subtree_end, depth: (N,) int32. lse: (H, N) float32.
 Grid      one program per block of queries and query head; the order is `tiles.scheduled`.
-Work      the plan's partial tiles, diagonal first, with the interval test; then its full tiles, without any test.
+Work      the plan's partial tiles, diagonal first, with the interval test; then its full tiles, without any test; in
+          one loop, whose branch costs less than the seam between two.
 Numerics  logits, max, sum, accumulator in float32, base-2 exponentials; P rounded to v's dtype.
 Source    FlashAttention-2 (arXiv:2307.08691), Algorithm 1, over listed tiles.
 Guarded by tests/kernels/test_triton.py, test_impls.py and, for what ptxas makes of it, test_compile.py.
@@ -23,9 +24,9 @@ from tw_kernels.trie_attention.tiles import (
     listed_block,
     load_row_ints,
     load_tile,
-    logits_base2,
     scheduled,
     store_tile,
+    tanh,
     tile_list,
     visible,
 )
@@ -33,16 +34,19 @@ from tw_kernels.trie_attention.tiles import (
 
 @triton.jit
 def _attend(
-    q, acc, row_sum, row_max, first_k, q_rows, q_depths,
+    q, acc, row_sum, row_max, first_k, partial, q_rows, q_depths,
     k_ptr, v_ptr, end_ptr, depth_ptr, stride_kn, stride_vn, n_rows, window, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: BLOCK_N keys from row `first_k`."""
+    """One step of the online softmax: BLOCK_N keys from row `first_k`; only a partial tile is tested."""
     k = load_tile(k_ptr, first_k, stride_kn, n_rows, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    if PARTIAL:
-        logits, _ = logits_base2(products, scale, softcap, HAS_SOFTCAP)
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+    factor = scale * LOG2_E
+    if HAS_SOFTCAP:
+        logits = softcap * tanh(logits * (scale / softcap))
+        factor = LOG2_E
+    if partial:
         k_ends = load_row_ints(end_ptr, first_k, n_rows, BLOCK_N)
         k_rows = first_k + tl.arange(0, BLOCK_N)
         k_depths = k_rows
@@ -53,21 +57,11 @@ def _attend(
             window, depth_ptr is not None,
         )  # fmt: skip
         logits = tl.where(seen, logits, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, 1))  # (BLOCK_M,)
-        # A row may not have met an ancestor yet: a finite pivot keeps -inf - -inf away.
-        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(logits - pivot[:, None])
-    else:
-        if HAS_SOFTCAP:
-            logits, _ = logits_base2(products, scale, softcap, HAS_SOFTCAP)
-            new_max = tl.maximum(row_max, tl.max(logits, 1))
-            p = tl.exp2(logits - new_max[:, None])
-        else:
-            # scale >= 0 (autograd.py sees to it), so scaling may follow the maximum and melt into the subtraction.
-            factor = scale * LOG2_E
-            new_max = tl.maximum(row_max, tl.max(products, 1) * factor)
-            p = tl.exp2(products * factor - new_max[:, None])
-        pivot = new_max
+    # scale > 0 (autograd.py sees to it), so scaling may follow the maximum and melt into the subtraction.
+    new_max = tl.maximum(row_max, tl.max(logits, 1) * factor)  # (BLOCK_M,)
+    # A row may not have met an ancestor yet: a finite pivot keeps -inf - -inf away.
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(logits * factor - pivot[:, None])
     rescale = tl.exp2(row_max - pivot)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     acc = acc * rescale[:, None]
@@ -114,23 +108,14 @@ def _forward_kernel(
 
     partial, n_partial, full, n_full = tile_list(plan_ptr, block, num_blocks, False)
     # The number of the next tile is read one step ahead, so that its loads need not wait for it.
-    key_block = listed_block(partial, 0, n_partial)
-    for t in range(0, n_partial * STEPS):
+    key_block = listed_block(partial, n_partial, full, n_full, 0)
+    for t in range(0, (n_partial + n_full) * STEPS):
         first_k = key_block * BLOCK + (t % STEPS) * BLOCK_N
-        key_block = listed_block(partial, (t + 1) // STEPS, n_partial)
+        key_block = listed_block(partial, n_partial, full, n_full, (t + 1) // STEPS)
         acc, row_sum, row_max = _attend(
-            q, acc, row_sum, row_max, first_k, q_rows, q_depths,
+            q, acc, row_sum, row_max, first_k, t < n_partial * STEPS, q_rows, q_depths,
             k_ptr, v_ptr, end_ptr, depth_ptr, stride_kn, stride_vn, n_rows, window, scale, softcap,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_SOFTCAP, PRECISION, True,
-        )  # fmt: skip
-    key_block = listed_block(full, 0, n_full)
-    for t in range(0, n_full * STEPS):
-        first_k = key_block * BLOCK + (t % STEPS) * BLOCK_N
-        key_block = listed_block(full, (t + 1) // STEPS, n_full)
-        acc, row_sum, row_max = _attend(
-            q, acc, row_sum, row_max, first_k, q_rows, q_depths,
-            k_ptr, v_ptr, end_ptr, depth_ptr, stride_kn, stride_vn, n_rows, window, scale, softcap,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_SOFTCAP, PRECISION, False,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
 
     # Rows past the end have met nothing.
@@ -165,7 +150,7 @@ def launch_forward(
         depth: Shape (N,), int32; needed with a window, else None.
         sinks: Shape (H,) or None.
         plan: The plan of `subtree_end` and `window`.
-        scale: Logit scale, not negative.
+        scale: Logit scale, positive.
         window: Rows seen along the path, or None.
         softcap: Logit cap or None.
         config: Tiles; block_m and block_n divide plan.block.

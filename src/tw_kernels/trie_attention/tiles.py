@@ -101,9 +101,9 @@ def scheduled(program, num_blocks, order_ptr, HEADS: tl.constexpr, PARTS: tl.con
 
 @triton.jit
 def tile_list(plan_ptr, block, num_blocks, BY_KEY: tl.constexpr):
-    """The list of one query block (BY_KEY: of one key block): where its partial tiles end and its full ones start.
+    """The list of one query block (BY_KEY: of one key block), for `listed_block`.
 
-    Returns (partial, n_partial, full, n_full): partial tile t of n_partial is at partial - t, full tile t at full - t.
+    Returns (partial, n_partial, full, n_full): where its partial and its full tiles end, and how many they are.
     """
     side = (3 if BY_KEY else 0) * num_blocks
     n_partial = tl.load(plan_ptr + side + block, mask=block < num_blocks, other=0)
@@ -121,6 +121,10 @@ def tile_list(plan_ptr, block, num_blocks, BY_KEY: tl.constexpr):
 
 
 @triton.jit
-def listed_block(last_ptr, t, count):
-    """Entry t of a list that `tile_list` returned; 0 past its end, where the prefetch of the next tile may read."""
-    return tl.load(last_ptr - t, mask=t < count, other=0)
+def listed_block(partial, n_partial, full, n_full, t):
+    """Entry t of a list: its partial tiles (of a query block: the diagonal first), then its full ones.
+
+    0 past the end, where the kernels read ahead.
+    """
+    pointer = tl.where(t < n_partial, partial - t, full - (t - n_partial))
+    return tl.load(pointer, mask=t < n_partial + n_full, other=0)

@@ -128,6 +128,15 @@ class _GatherRows(torch.autograd.Function):
         return total.to(grad.dtype), None, None
 
 
+def pays_on_cpu(call: AttentionCall) -> bool:
+    """Whether the rows are many and their segments long, so that a loop over segments beats SDPA over all pairs."""
+    if torch.compiler.is_compiling() or call.num_rows < 1024 or call.q.device.type != "cpu":
+        return False
+    end = call.subtree_end
+    segments = once_per_tensor(end, "segment count", lambda alias: 1 + int((alias[1:] != alias[:-1]).sum()))
+    return call.num_rows >= 32 * segments
+
+
 def why_unavailable() -> str | None:
     """None: flash-attn or torch's varlen attention on a GPU, SDPA elsewhere."""
     if torch.cuda.is_available() and not FLASH_ATTN_INSTALLED and "window_size" not in _torch_varlen_options():
