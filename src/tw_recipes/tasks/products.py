@@ -1,0 +1,205 @@
+r"""The sum of products: a word problem whose answer needs four independent products and then their sum.
+
+    prompt       73 boxes of 48 pens, 21 boxes of 55 cups, 90 boxes of 13 nuts, 14 boxes of 77 maps: how many?
+    work         73*48            the digits of one product, one digit product a line: shifted product > running total
+                 7*4=8200>8200
+                 …
+                 =1a8 1b0 1c1 1d3   (written without the blanks) the result, each digit after a label (product, place)
+    sum          1a88…1e0         (label, copied digit, digit of the running total), one line a product
+    answer       \boxed{80132}
+
+Digits are written from the lowest place up, so that carries run with the text; the answer too. The sequential and the
+fork/join solution have the same lines in the same order; fork/join adds the tags and the outlines. Every text of one
+style has the same number of tokens.
+
+The labels make copying into the sum a look-up: without them a tiny model learns the products and then fails to copy.
+
+Tests: tests/recipes/tasks/test_products.py.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from tw_recipes.evaluation.grading import ExactGrader
+from tw_recipes.tasks.tokenizer import build_tokenizer
+
+Style = Literal["sequential", "forkjoin"]
+Split = Literal["train", "test"]
+
+NOUNS = ("pens", "cups", "nuts", "maps", "hats", "keys", "eggs", "jars")
+_PLACES = "abcde"
+_TEST_SHARE = 16  # one problem in so many belongs to the test split
+
+
+@dataclass(frozen=True)
+class SumOfProducts:
+    """The task; every method is deterministic in its arguments.
+
+    Attributes:
+        terms: Products a problem has, 2 to 4.
+    """
+
+    terms: int = 4
+    name: str = "products"
+
+    def __post_init__(self) -> None:
+        if self.terms not in (2, 3, 4):
+            raise ValueError(f"terms must be 2, 3 or 4, got {self.terms}")
+
+    def problems(self, count: int, *, seed: int, split: Split = "train") -> np.ndarray:
+        """Distinct problems of one split; a problem belongs to one split whatever the seed.
+
+        Args:
+            count: How many.
+            seed: Of the generator; the splits draw from different streams.
+            split: "train" or "test".
+
+        Returns:
+            Factors of the products. Shape (count, terms, 2), int64, 0..99.
+
+        Raises:
+            ValueError: `count` or `split` is not possible.
+        """
+        if split not in get_args(Split):
+            raise ValueError(f'split must be "train" or "test", got {split!r}')
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        rng = np.random.default_rng([seed, get_args(Split).index(split), self.terms])
+        weights = 100 ** np.arange(2 * self.terms, dtype=np.uint64)
+        keys = np.empty(0, dtype=np.uint64)
+        while len(keys) < count:
+            drawn = (rng.integers(0, 100, (2 * count + 64, 2 * self.terms)).astype(np.uint64) * weights).sum(axis=1)
+            keys = np.concatenate([keys, drawn[_is_test(drawn) == (split == "test")]])
+            keys = keys[np.sort(np.unique(keys, return_index=True)[1])]
+        factors = keys[:count, None] // weights % np.uint64(100)
+        return factors.astype(np.int64).reshape(count, self.terms, 2)
+
+    def rows(
+        self, count: int, *, seed: int, split: Split = "train", style: Style = "forkjoin", offset: int = 0
+    ) -> list[dict[str, str]]:
+        """Data set rows: the problems with one style of solution.
+
+        Args:
+            count: How many.
+            seed: As in `problems`.
+            split: As in `problems`.
+            style: "sequential" or "forkjoin"; the problems and their answers do not depend on it.
+            offset: Leave out that many problems at the head of the stream.
+
+        Returns:
+            Rows {"prompt", "text", "answer"}.
+        """
+        if style not in get_args(Style):
+            raise ValueError(f'style must be "sequential" or "forkjoin", got {style!r}')
+        if offset < 0:
+            raise ValueError(f"offset must be at least 0, got {offset}")
+        factors = self.problems(offset + count, seed=seed, split=split)[offset:]
+        nouns = np.random.default_rng([seed, offset, count]).integers(0, len(NOUNS), (count, self.terms))
+        total = factors.prod(axis=2).sum(axis=1)
+        texts = _strings(_solution(factors, style))
+        return [
+            {"prompt": prompt, "text": text, "answer": answer}
+            for prompt, text, answer in zip(
+                _strings(_prompt(factors, nouns)), texts, _strings(_digits(total, 5)), strict=True
+            )
+        ]
+
+    def tokenizer(self) -> Any:
+        """One token a digit, label, word and tag."""
+        labels = [f"{term + 1}{place}" for term in range(4) for place in _PLACES]
+        words = [" boxes of ", *(f" {noun}" for noun in NOUNS), ", ", ": how many?"]
+        return build_tokenizer([*labels, *words, *"0123456789", *"*=> :.{}", "\n", "\\boxed"])
+
+    def grader(self) -> ExactGrader:
+        """Compares the boxed answer after `</think>` with the row's answer; it never sees the prompt."""
+        return ExactGrader()
+
+
+def _is_test(keys: np.ndarray) -> np.ndarray:
+    """Which problems belong to the test split: a hash of the factors (splitmix64's mixing), so no digit tells."""
+    mixed = keys + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (mixed ^ (mixed >> np.uint64(31))) % np.uint64(_TEST_SHARE) == 0
+
+
+# Texts of many rows at once: a piece is a constant string or characters of shape (n, width), uint8.
+_Piece = str | np.ndarray
+
+
+def _strings(pieces: _Piece | list[_Piece]) -> list[str]:
+    pieces = pieces if isinstance(pieces, list) else [pieces]
+    count = next(len(piece) for piece in pieces if isinstance(piece, np.ndarray))
+    table = np.concatenate(
+        [
+            np.broadcast_to(np.frombuffer(piece.encode(), np.uint8), (count, len(piece)))
+            if isinstance(piece, str)
+            else piece
+            for piece in pieces
+        ],
+        axis=1,
+    )
+    return [line.tobytes().decode("ascii") for line in table]
+
+
+def _digits(values: np.ndarray, width: int) -> np.ndarray:
+    """Digits from the lowest place up. values (n,) -> (n, width) characters."""
+    return (values[:, None] // 10 ** np.arange(width) % 10 + ord("0")).astype(np.uint8)
+
+
+def _prompt(factors: np.ndarray, nouns: np.ndarray) -> list[_Piece]:
+    names = np.frombuffer("".join(NOUNS).encode(), np.uint8).reshape(len(NOUNS), -1)
+    pieces: list[_Piece] = []
+    for term in range(factors.shape[1]):
+        left, right = factors[:, term].T
+        pieces += [", "] if term else []
+        pieces += [_digits(left, 2), " boxes of ", _digits(right, 2), " ", names[nouns[:, term]]]
+    return [*pieces, ": how many?\n"]
+
+
+def _product(factors: np.ndarray, term: int) -> list[_Piece]:
+    return [_digits(factors[:, term, 0], 2), "*", _digits(factors[:, term, 1], 2)]
+
+
+def _work(factors: np.ndarray, term: int) -> list[_Piece]:
+    """The worked digits of one product and its labelled result line."""
+    left, right = factors[:, term].T
+    pieces: list[_Piece] = [" ", *_product(factors, term), "\n"]
+    running = np.zeros_like(left)
+    for i in range(2):
+        for j in range(2):
+            a, b = left // 10**i % 10, right // 10**j % 10
+            shifted = a * b * 10 ** (i + j)
+            running = running + shifted
+            pieces += [_digits(a, 1), "*", _digits(b, 1), "=", _digits(shifted, 4), ">", _digits(running, 4), "\n"]
+    result = _digits(running, 4)
+    labelled = [piece for p in range(4) for piece in (f"{term + 1}{_PLACES[p]}", result[:, p : p + 1])]
+    return [*pieces, "=", *labelled, "\n"]
+
+
+def _sum(factors: np.ndarray) -> list[_Piece]:
+    """The running total over the products, digit by digit, and the answer."""
+    products = factors.prod(axis=2)
+    totals = products.cumsum(axis=1)
+    pieces: list[_Piece] = []
+    for term in range(factors.shape[1]):
+        copied, total = _digits(products[:, term], 4), _digits(totals[:, term], 5)
+        for p in range(4):
+            pieces += [f"{term + 1}{_PLACES[p]}", copied[:, p : p + 1], total[:, p : p + 1]]
+        pieces += [f"{term + 1}{_PLACES[4]}", total[:, 4:], "\n"]
+    return [*pieces, "</think>\n\n\\boxed{", _digits(totals[:, -1], 5), "}"]
+
+
+def _solution(factors: np.ndarray, style: Style) -> list[_Piece]:
+    terms = range(factors.shape[1])
+    if style == "sequential":
+        return ["<think>\n", *(piece for t in terms for piece in [f"{t + 1}:", *_work(factors, t)]), *_sum(factors)]
+    pieces: list[_Piece] = ["<think>\n<Parallel>\n<Outlines>\n"]
+    for t in terms:
+        pieces += [f"<Outline>{t + 1}: ", *_product(factors, t), "</Outline>\n"]
+    pieces += ["</Outlines>\n"]
+    for t in terms:
+        pieces += [f"<Thread>\n{t + 1}:", *_work(factors, t), "</Thread>"]
+    return [*pieces, "\n</Parallel>\n", *_sum(factors)]

@@ -1,0 +1,51 @@
+"""A small tokenizer for a task's closed vocabulary: whole words, single tags, no merges.
+
+Text is cut at the longest vocabulary entries (leftmost first), so that ids and text map one to one.
+"""
+
+import re
+from collections.abc import Sequence
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tw_core import TAGS
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+THINK = ("<think>", "</think>")
+# For code that sends messages: the rendered chat is the prompt itself.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def build_tokenizer(pieces: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are `pieces`, the tags, the two think tags, and pad, eos, unknown.
+
+    Args:
+        pieces: Distinct non-empty strings; where several match, the longest one is the token.
+
+    Raises:
+        ValueError: A piece is empty or stands twice.
+    """
+    vocabulary = [PAD, EOS, UNKNOWN, *TAGS, *THINK, *pieces]
+    if len(set(vocabulary)) != len(vocabulary) or "" in vocabulary:
+        twice = sorted({piece for piece in vocabulary if vocabulary.count(piece) > 1 or not piece})
+        raise ValueError(f"pieces must be distinct, non-empty and no tags, got {twice}; drop them")
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    longest_first = sorted(pieces, key=lambda piece: (-len(piece), piece))
+    pattern = "|".join(map(re.escape, longest_first))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=[*TAGS, *THINK],
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
