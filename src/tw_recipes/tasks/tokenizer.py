@@ -17,8 +17,6 @@ THINK = ("<think>", "</think>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-)
 
 
 def build_tokenizer(pieces: Sequence[str]) -> PreTrainedTokenizerFast:
