@@ -20,7 +20,13 @@ def as_ids(value: Any, name: str) -> Int64[np.ndarray, " L"]:
         ShapeError: The value is not one-dimensional.
         TrieError: An element is not an integer, or is negative.
     """
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, NotImplementedError) as error:  # ragged lists, tensors elsewhere than on the CPU
+        raise ShapeError(
+            f"{name} must be one flat sequence of token ids on the CPU, got {_words(value)}; "
+            "pass a list, a numpy array or tensor.cpu()"
+        ) from error
     if array.ndim != 1:
         raise ShapeError(f"{name} must have shape (L,), got {array.shape}; pass one flat sequence of token ids")
     if array.size == 0:
@@ -36,3 +42,9 @@ def as_ids(value: Any, name: str) -> Int64[np.ndarray, " L"]:
             f"{name} must not be negative, got {int(ids[row])} at index {row}; drop padding and ignore marks"
         )
     return ids
+
+
+def _words(value: Any) -> str:
+    """What a value is, in an error message."""
+    device = getattr(value, "device", None)
+    return f"a {type(value).__name__}" + (f" on {device}" if device is not None else " of uneven parts")

@@ -4,9 +4,9 @@ Rows stand in depth-first preorder. Row i sees row j exactly when
 
     j <= i < subtree_end[j]
 
-that is, j is i itself or an ancestor. A forest obeys the same rule. The views: dense bool, additive float (eager models), a FlexAttention
-mask_mod, and a BlockMask made from per-block minima and maxima of subtree_end. All functions take and return torch tensors on one
-device and, `check_forest` apart, never synchronise with the host.
+that is, j is i itself or an ancestor. A forest obeys the same rule. The views: dense bool, additive float (eager
+models), a FlexAttention mask_mod, and a BlockMask made from per-block minima and maxima of subtree_end. All functions
+take and return torch tensors on one device and, `check_forest` apart, never synchronise with the host.
 
 Tests: tests/core/test_masks.py.
 """
@@ -34,7 +34,7 @@ def dense_mask(subtree_end: Int[Tensor, " N"]) -> Bool[Tensor, "N N"]:
 
 
 def additive_mask(subtree_end: Int[Tensor, " N"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "1 1 N N"]:
-    """0 where row i sees row j, the dtype's minimum elsewhere: the 4-D mask that eager transformers models add to their logits.
+    """0 where row i sees row j, the dtype's minimum elsewhere: the 4-D mask that eager models add to their logits.
 
     A stock model hands it to every layer; on sliding-window layers that is wrong (they would see too much).
     """
@@ -49,7 +49,7 @@ def mask_mod(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The predicate in FlexAttention's form: a function of (batch, head, query row, key row).
 
-    With a window, also depth[i] - depth[j] < window; it reaches the function as a tensor, so that no value is compiled in.
+    With a window, also depth[i] - depth[j] < window; it reaches the function as a tensor: no value is compiled in.
     """
     if window is None:
 
@@ -69,7 +69,8 @@ def mask_mod(
 def block_bounds(rows: Int[Tensor, " N"], block_size: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
     """Minimum and maximum in each block of `block_size` rows, B = ceil(N / block_size).
 
-    Those of subtree_end decide every tile: the keys of block b are hidden from all rows >= max[b] and shown to all later rows < min[b].
+    Those of subtree_end decide every tile: the keys of block b are hidden from all rows >= max[b] and shown to all
+    later rows < min[b].
     """
     n = rows.shape[0]
     blocks = -(-n // block_size)
@@ -87,11 +88,12 @@ def block_mask(
     depth: Int[Tensor, " N"] | None = None,
     window: int | None = None,
 ) -> BlockMask:
-    """The FlexAttention BlockMask of a packed trie, from per-block bounds; the predicate is never evaluated on N x N pairs.
+    """The FlexAttention BlockMask of a packed trie, from per-block bounds, never from N x N pairs.
 
     With q0 and q1 the first row of the query block and one past its last, and the bounds over the key block:
-    skip <=> the key block comes later or max(subtree_end) <= q0; full <=> it ends at or before q0 + 1 and min(subtree_end) >= q1.
-    A window skips blocks that are too shallow and keeps a block full only if its shallowest key is near enough to the deepest query.
+    skip <=> the key block comes later or max(subtree_end) <= q0; full <=> it ends at or before q0 + 1 and
+    min(subtree_end) >= q1. A window skips blocks that are too shallow and keeps a block full only if its shallowest
+    key is near enough to the deepest query.
 
     Args:
         subtree_end: Shape (N,), N >= 1.
@@ -124,7 +126,7 @@ def _depth(subtree_end: Tensor, depth: Tensor | None) -> Tensor:
 
 
 def _block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, B) choice -> FlexAttention's counts (1, 1, B) and column lists (1, 1, B, B), chosen columns first in ascending order."""
+    """(B, B) choice -> FlexAttention's counts (1, 1, B) and column lists (1, 1, B, B), chosen columns first."""
     counts = chosen.sum(1, dtype=torch.int32)
     columns = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None], columns[None, None].contiguous()
@@ -194,8 +196,8 @@ def check_forest(subtree_end: Int[Tensor, " N"], position_ids: Int[Tensor, " N"]
     if bool(crossing.any()):
         i = int(crossing.int().argmax())
         raise TrieError(
-            f"subtree_end must be that of a forest in preorder, but the subtree of row {i}, which ends at {int(subtree_end[i])}, "
-            "crosses another; take subtree_end from PackedTrie"
+            f"subtree_end must be that of a forest in preorder, but the subtree of row {i}, which ends at "
+            f"{int(subtree_end[i])}, crosses another; take subtree_end from PackedTrie"
         )
     if position_ids is not None and n > 1:
         offset = position_ids - level  # rows of one tree are contiguous, so it may change at roots only
@@ -203,6 +205,6 @@ def check_forest(subtree_end: Int[Tensor, " N"], position_ids: Int[Tensor, " N"]
         if bool(jumps.any()):
             i = int(jumps.int().argmax()) + 1
             raise TrieError(
-                f"position_ids must rise by one from parent to child, but position_ids[{i}] is {int(position_ids[i])} where "
-                f"{int(offset[i - 1] + level[i])} was expected; take both from the same PackedTrie"
+                f"position_ids must rise by one from parent to child, but position_ids[{i}] is {int(position_ids[i])} "
+                f"where {int(offset[i - 1] + level[i])} was expected; take both from the same PackedTrie"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,23 @@ if TYPE_CHECKING:
     from tw_core.trie import ReasoningTrie
 
 
+class TrainedTokens(NamedTuple):
+    """Which (sequence, offset) is which target; T trained tokens, by sequence, then offset. T = sum(target_weights).
+
+    With per-target log-probs `logps` (M,), `logps[targets]` are those of the sequences one by one, and gradients of
+    shared tokens add up: what a loss needs that treats each sequence differently.
+
+    Attributes:
+        sequences: Number of the sequence. Shape (T,), int64.
+        offsets: Offset of the token in it. Shape (T,), int64.
+        targets: Index into target_rows, target_ids, target_weights. Shape (T,), int64.
+    """
+
+    sequences: Int64[Tensor, " T"]
+    offsets: Int64[Tensor, " T"]
+    targets: Int64[Tensor, " T"]
+
+
 @dataclass(frozen=True, eq=False)
 class PackedTrie:
     """One packed row: N tokens in preorder, M targets, S sequences.
@@ -30,13 +47,15 @@ class PackedTrie:
         input_ids: Token of each row. Shape (N,), int64.
         position_ids: Depth of each row, 0 at a root. Shape (N,), int64.
         parent: Row of the parent, -1 at a root. Shape (N,), int32.
-        subtree_end: One past the last row of the row's subtree. Shape (N,), int32. Row i sees row j <=> j <= i < subtree_end[j].
-        target_rows: Row whose hidden state predicts the target: its parent. Shape (M,), int64. A branch point stands here once a child.
+        subtree_end: One past the last row of the row's subtree. Shape (N,), int32. Row i sees row j <=>
+            j <= i < subtree_end[j].
+        target_rows: Row whose hidden state predicts the target: its parent. Shape (M,), int64. A branch point stands
+            here once a trained child.
         target_ids: Token to predict. Shape (M,), int64.
         target_weights: How many sequences train it. Shape (M,), int64, at least 1.
-        target_children: Row that holds the target token itself; ascending, the order of the targets. Shape (M,), int64.
+        target_children: Row that holds the target token itself; ascending, which orders the targets. Shape (M,), int64.
         sequence_ends: Row of each sequence's last token. Shape (S,), int32.
-        loss_mask: Which tokens of each sequence are trained, sequence after sequence. Shape (num_expanded_tokens,), bool.
+        loss_mask: Which tokens are trained, sequence after sequence; never a first token. Shape (E,), bool.
         num_padding: Rows at the end that `pad_to` added.
     """
 
@@ -66,7 +85,7 @@ class PackedTrie:
             target_weights=torch.from_numpy(trie.weights[children]),
             target_children=torch.from_numpy(children),
             sequence_ends=torch.from_numpy(trie.sequence_ends),
-            loss_mask=torch.from_numpy(np.concatenate([trie.loss_mask(i) for i in range(trie.num_sequences)])),
+            loss_mask=torch.from_numpy(trie.loss_masks),
         )
 
     @property
@@ -112,20 +131,56 @@ class PackedTrie:
     def sequence_targets(self, i: int) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " T"]]:
         """Where the trained tokens of sequence `i` stand among the targets.
 
-        For losses that weigh sequences differently (policy gradients): `loss[targets]` are the per-token losses of sequence `i` at
-        its `offsets`.
+        For losses that weigh sequences differently (policy gradients): `loss[targets]` are the per-token losses of
+        sequence `i` at its `offsets`. `trained_tokens` has all sequences at once.
 
         Returns:
-            offsets (T_i,) int64, into the sequence, ascending; targets (T_i,) int64, into target_rows, target_ids, target_weights.
+            offsets (T_i,) int64, into the sequence, ascending; targets (T_i,) int64, into target_rows, target_ids and
+            target_weights.
         """
         lengths = self.sequence_lengths
         start = int(lengths[:i].sum())
         offsets = torch.nonzero(self.loss_mask[start : start + int(lengths[i])])[:, 0]
         return offsets, torch.searchsorted(self.target_children, self.sequence_rows(i)[offsets])
 
+    def expanded_rows(self) -> Int64[Tensor, " E"]:
+        """`sequence_rows` of all sequences, one after another. Shape (E,), int64.
+
+        Climbs all paths at once, from branch to branch.
+        """
+        rows = torch.arange(self.num_rows, device=self.device)
+        starts = torch.nonzero(self.parent != rows - 1)[:, 0]  # rows that do not follow their parent
+        starts = torch.cat([starts.new_zeros(1), starts])
+        lengths = self.sequence_lengths
+        start = lengths.cumsum(0) - lengths
+        sequence = torch.arange(self.num_sequences, device=self.device)
+        last = self.sequence_ends.long()
+        expanded = self.input_ids.new_empty(self.num_expanded_tokens)
+        while last.numel():
+            first = starts[torch.searchsorted(starts, last, right=True) - 1]
+            size = last + 1 - first
+            within = torch.arange(int(size.sum()), device=self.device) - (size.cumsum(0) - size).repeat_interleave(size)
+            expanded[(start[sequence] + self.position_ids[first]).repeat_interleave(size) + within] = (
+                first.repeat_interleave(size) + within
+            )
+            above = self.parent[first].long()
+            sequence, last = sequence[above >= 0], above[above >= 0]
+        return expanded
+
+    def trained_tokens(self) -> TrainedTokens:
+        """All trained tokens of all sequences, in order, and their targets: `sequence_targets` for every sequence."""
+        chosen = torch.nonzero(self.loss_mask)[:, 0]
+        lengths = self.sequence_lengths
+        sequence = torch.searchsorted(lengths.cumsum(0), chosen, right=True)
+        return TrainedTokens(
+            sequences=sequence,
+            offsets=chosen - (lengths.cumsum(0) - lengths)[sequence],
+            targets=torch.searchsorted(self.target_children, self.expanded_rows()[chosen]),
+        )
+
     def sequences(self) -> list[Int64[Tensor, " L"]]:
         """The token ids that were merged, one tensor a sequence: the inverse of packing."""
-        return [self.input_ids[self.sequence_rows(i)] for i in range(self.num_sequences)]
+        return list(torch.split(self.input_ids[self.expanded_rows()], self.sequence_lengths.tolist()))
 
     def dense_mask(self) -> Bool[Tensor, "N N"]:
         """Entry (i, j): whether row i sees row j."""
@@ -181,7 +236,7 @@ class PackedTrie:
                 f"packed[{padded[0]}] has {packed[padded[0]].num_padding} rows of padding; concatenate first, then pad"
             )
         starts = np.cumsum([0, *(trie.num_rows for trie in packed)]).tolist()
-        joined = {}
+        joined: dict[str, Tensor] = {}
         for name in _TENSORS:
             shift = name in _ROW_NUMBERS
             joined[name] = torch.cat(
@@ -191,7 +246,7 @@ class PackedTrie:
                 ]
             )
         joined["parent"][torch.cat([trie.parent for trie in packed]) < 0] = -1
-        return PackedTrie(**joined)
+        return PackedTrie(**joined, num_padding=0)
 
 
 _TENSORS = tuple(field.name for field in fields(PackedTrie) if field.name != "num_padding")
@@ -201,7 +256,8 @@ _ROW_NUMBERS = {"parent", "subtree_end", "target_rows", "target_children", "sequ
 def pack_forest(tries: Sequence[ReasoningTrie], max_tokens: int) -> list[PackedTrie]:
     """Packs tries into few forests of at most `max_tokens` rows: best-fit decreasing.
 
-    Inside a forest tries keep their given order; forests are ordered by their first trie. Padding is the caller's choice (`pad_to`).
+    Inside a forest tries keep their given order; forests are ordered by their first trie. Padding is the caller's
+    choice (`pad_to`).
 
     Raises:
         BudgetError: One trie alone is larger; `split` it first.
@@ -217,7 +273,8 @@ def plan_forest(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         if sizes[i] > max_tokens:
             raise BudgetError(
-                f"tries[{i}] has {sizes[i]} rows, more than max_tokens={max_tokens}; use trie.split(max_tokens) before packing"
+                f"tries[{i}] has {sizes[i]} rows, more than max_tokens={max_tokens}; "
+                "use trie.split(max_tokens) before packing"
             )
         at = bisect_left(room, (sizes[i], -1))
         if at == len(room):
