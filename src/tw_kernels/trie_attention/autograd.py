@@ -6,7 +6,7 @@ computes it once for all its layers.
 Guarded by tests/kernels/test_opcheck.py (registration, compile) and test_triton.py (values).
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,30 +19,42 @@ from tw_kernels.trie_attention.forward import launch_forward
 from tw_kernels.trie_attention.plan import BlockPlan, cached_plan, plan_data, plan_size
 
 
-@torch.library.custom_op("threadweaver::trie_plan", mutates_args=())
-def trie_plan(subtree_end: Tensor, depth: Optional[Tensor], window: Optional[int], block: int) -> Tensor:  # noqa: UP045
-    """`BlockPlan.data`, made anew."""
+OPTIONS = "SymInt block, float scale, SymInt? window, float? softcap"
+PROBLEM = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor subtree_end, Tensor? depth, Tensor plan"
+# Defined by schema rather than by @custom_op, whose checks at each call cost more than a launch.
+torch.library.define(
+    "threadweaver::trie_plan", "(Tensor subtree_end, Tensor? depth, SymInt? window, SymInt block) -> Tensor"
+)
+torch.library.define("threadweaver::trie_attention", f"({PROBLEM}, {OPTIONS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "threadweaver::trie_attention_backward",
+    f"({PROBLEM}, Tensor o, Tensor lse, Tensor grad_o, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("threadweaver::trie_plan", "CompositeExplicitAutograd")
+def _plan_impl(subtree_end: Tensor, depth: Tensor | None, window: int | None, block: int) -> Tensor:
     return plan_data(subtree_end, depth, window, block)
 
 
-@trie_plan.register_fake
-def _(subtree_end: Tensor, depth: Tensor | None, window: int | None, block: int) -> Tensor:
+@torch.library.register_fake("threadweaver::trie_plan")
+def _plan_fake(subtree_end: Tensor, depth: Tensor | None, window: int | None, block: int) -> Tensor:
     return subtree_end.new_empty(plan_size(subtree_end.shape[0], block), dtype=torch.int32)
 
 
-@torch.library.custom_op("threadweaver::trie_attention", mutates_args=())
-def forward_op(
+@torch.library.impl("threadweaver::trie_attention", "CompositeExplicitAutograd")
+def _forward_impl(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sinks: Optional[Tensor],  # noqa: UP045
+    sinks: Tensor | None,
     subtree_end: Tensor,
-    depth: Optional[Tensor],  # noqa: UP045
+    depth: Tensor | None,
     plan: Tensor,
     block: int,
     scale: float,
-    window: Optional[int],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
+    window: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """o (N, H, Dv) and lse (H, N) float32."""
     with torch.cuda.device_of(q):
@@ -61,28 +73,28 @@ def forward_op(
         )
 
 
-@forward_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("threadweaver::trie_attention")
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     n, num_heads, _dim = q.shape
     return q.new_empty((n, num_heads, v.shape[2])), q.new_empty((num_heads, n), dtype=torch.float32)
 
 
-@torch.library.custom_op("threadweaver::trie_attention_backward", mutates_args=())
-def backward_op(
+@torch.library.impl("threadweaver::trie_attention_backward", "CompositeExplicitAutograd")
+def _backward_impl(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sinks: Optional[Tensor],  # noqa: UP045
+    sinks: Tensor | None,
     subtree_end: Tensor,
-    depth: Optional[Tensor],  # noqa: UP045
+    depth: Tensor | None,
     plan: Tensor,
     o: Tensor,
     lse: Tensor,
     grad_o: Tensor,
     block: int,
     scale: float,
-    window: Optional[int],  # noqa: UP045
-    softcap: Optional[float],  # noqa: UP045
+    window: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks, the last one empty without sinks."""
     with torch.cuda.device_of(q):
@@ -106,8 +118,8 @@ def backward_op(
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@backward_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.register_fake("threadweaver::trie_attention_backward")
+def _backward_fake(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
@@ -127,7 +139,7 @@ def _backward(ctx: Any, grad_o: Tensor, _grad_lse: Tensor | None) -> tuple[Tenso
     return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
 
 
-forward_op.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("threadweaver::trie_attention", _backward, setup_context=_setup_context)
 
 
 def triton_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:

@@ -98,11 +98,11 @@ def _dq_kernel(
     q = load_tile(q_ptr + wide_head * stride_qh, first_q, stride_qn, n_rows, D, BLOCK_M, BLOCK_D)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    partial, n_partial, full, n_full = tile_list(plan_ptr, block, num_blocks, False)
-    key_block = listed_block(partial, n_partial, full, n_full, 0)
+    partial, n_partial, full, n_full, step = tile_list(plan_ptr, block, num_blocks, False)
+    key_block = listed_block(partial, n_partial, full, n_full, step, 0)
     for t in range(0, (n_partial + n_full) * STEPS):
         first_k = key_block * BLOCK + (t % STEPS) * BLOCK_N
-        key_block = listed_block(partial, n_partial, full, n_full, (t + 1) // STEPS)
+        key_block = listed_block(partial, n_partial, full, n_full, step, (t + 1) // STEPS)
         dq = _dq_step(
             q, do, dq, lse, delta, first_k, t < n_partial * STEPS, q_rows, q_depths,
             k_ptr, v_ptr, end_ptr, depth_ptr, stride_kn, stride_vn, n_rows, window, scale, softcap,
@@ -117,7 +117,7 @@ def _dkv_step(
     q_ptr, do_ptr, lse_ptr, delta_ptr, depth_ptr, stride_qn, stride_qh, stride_don, stride_doh,
     n_rows, window, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what BLOCK_M queries of one head from row `first_q` give to dk, without the scale, and dv.
 
@@ -141,14 +141,17 @@ def _dkv_step(
         p = tl.where(seen, p, 0.0)
     # Query rows past the end have q = do = delta = 0: they add p (0 - 0) and p^T 0.
     do = load_tile(do_ptr + wide_head * stride_doh, first_q, stride_don, n_rows, DV, BLOCK_M, BLOCK_DV)
-    delta = load_row_floats(delta_ptr + wide_head * n_rows, first_q, n_rows, BLOCK_M)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-    ds = p * (dp - delta[None, :])
-    if HAS_SOFTCAP:
-        ds = ds * (1.0 - bent * bent)
-    # dv only now: with its product before that of dp, ptxas spills.
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if WITH_DK:
+        delta = load_row_floats(delta_ptr + wide_head * n_rows, first_q, n_rows, BLOCK_M)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        ds = p * (dp - delta[None, :])
+        if HAS_SOFTCAP:
+            ds = ds * (1.0 - bent * bent)
+    if WITH_DV:
+        # Only now: with this product before that of dp, ptxas spills.
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    if WITH_DK:
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -160,7 +163,8 @@ def _dkv_kernel(
     n_rows, num_blocks, window, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HEAD_SLOWEST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HEAD_SLOWEST: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, one key head: one loop over (tile, query head of the group)."""
     PARTS: tl.constexpr = BLOCK // BLOCK_N
@@ -182,20 +186,22 @@ def _dkv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
-    partial, n_partial, full, n_full = tile_list(plan_ptr, block, num_blocks, True)
-    query_block = listed_block(partial, n_partial, full, n_full, 0)
+    partial, n_partial, full, n_full, step = tile_list(plan_ptr, block, num_blocks, True)
+    query_block = listed_block(partial, n_partial, full, n_full, step, 0)
     for t in range(0, (n_partial + n_full) * STEPS):
         head = kv_head * GROUP + t % GROUP
         first_q = query_block * BLOCK + (t // GROUP % (BLOCK // BLOCK_M)) * BLOCK_M
-        query_block = listed_block(partial, n_partial, full, n_full, (t + 1) // STEPS)
+        query_block = listed_block(partial, n_partial, full, n_full, step, (t + 1) // STEPS)
         dk, dv = _dkv_step(
             k, v, dk, dv, head, first_q, t < n_partial * STEPS, k_rows, k_ends, k_depths,
             q_ptr, do_ptr, lse_ptr, delta_ptr, depth_ptr, stride_qn, stride_qh, stride_don, stride_doh,
             n_rows, window, scale, softcap,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_SOFTCAP, PRECISION,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_SOFTCAP, WITH_DK, WITH_DV, PRECISION,
         )  # fmt: skip
-    store_tile(dk_ptr + wide_head * stride_dkh, dk * scale, first_k, stride_dkn, n_rows, D, BLOCK_N, BLOCK_D)
-    store_tile(dv_ptr + wide_head * stride_dvh, dv, first_k, stride_dvn, n_rows, DV, BLOCK_N, BLOCK_DV)
+    if WITH_DK:
+        store_tile(dk_ptr + wide_head * stride_dkh, dk * scale, first_k, stride_dkn, n_rows, D, BLOCK_N, BLOCK_D)
+    if WITH_DV:
+        store_tile(dv_ptr + wide_head * stride_dvh, dv, first_k, stride_dvn, n_rows, DV, BLOCK_N, BLOCK_DV)
 
 
 def launch_backward(
@@ -256,12 +262,14 @@ def launch_backward(
         *scalars, **shapes, **dq_config.options(),
     )  # fmt: skip
     grid = (plan.num_blocks * (plan.block // dkv_config.block_n) * kv_heads,)
-    _dkv_kernel[grid](
-        q, k, v, subtree_end, depth, plan.data, grad_o, lse, delta, dk, dv,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        grad_o.stride(0), grad_o.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
-        *scalars, **shapes, **dkv_config.options(),
-    )  # fmt: skip
+    # Wide heads leave no registers for two accumulators: dk and dv then come from a launch each.
+    for with_dk, with_dv in ((True, False), (False, True)) if dkv_config.separate else ((True, True),):
+        _dkv_kernel[grid](
+            q, k, v, subtree_end, depth, plan.data, grad_o, lse, delta, dk, dv,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            grad_o.stride(0), grad_o.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
+            *scalars, **shapes, WITH_DK=with_dk, WITH_DV=with_dv, **dkv_config.options(),
+        )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, None
     # The sink's probability times (0 - delta), over all rows.

@@ -25,6 +25,7 @@ class TileConfig:
         num_warps: Warps of a program.
         num_stages: Depth of the load pipeline.
         head_slowest: Finish one key head before the next (`tiles.scheduled`).
+        separate: Launch the dk/dv kernel twice, once for each.
     """
 
     block_m: int
@@ -32,6 +33,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     head_slowest: bool = True
+    separate: bool = False
 
     def options(self) -> dict[str, int | bool]:
         """As launch arguments."""

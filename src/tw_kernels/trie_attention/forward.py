@@ -106,12 +106,12 @@ def _forward_kernel(
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
 
-    partial, n_partial, full, n_full = tile_list(plan_ptr, block, num_blocks, False)
+    partial, n_partial, full, n_full, step = tile_list(plan_ptr, block, num_blocks, False)
     # The number of the next tile is read one step ahead, so that its loads need not wait for it.
-    key_block = listed_block(partial, n_partial, full, n_full, 0)
+    key_block = listed_block(partial, n_partial, full, n_full, step, 0)
     for t in range(0, (n_partial + n_full) * STEPS):
         first_k = key_block * BLOCK + (t % STEPS) * BLOCK_N
-        key_block = listed_block(partial, n_partial, full, n_full, (t + 1) // STEPS)
+        key_block = listed_block(partial, n_partial, full, n_full, step, (t + 1) // STEPS)
         acc, row_sum, row_max = _attend(
             q, acc, row_sum, row_max, first_k, t < n_partial * STEPS, q_rows, q_depths,
             k_ptr, v_ptr, end_ptr, depth_ptr, stride_kn, stride_vn, n_rows, window, scale, softcap,

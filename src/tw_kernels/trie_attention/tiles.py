@@ -103,7 +103,9 @@ def scheduled(program, num_blocks, order_ptr, HEADS: tl.constexpr, PARTS: tl.con
 def tile_list(plan_ptr, block, num_blocks, BY_KEY: tl.constexpr):
     """The list of one query block (BY_KEY: of one key block), for `listed_block`.
 
-    Returns (partial, n_partial, full, n_full): where its partial and its full tiles end, and how many they are.
+    Returns (partial, n_partial, full, n_full, step): the places of its first partial and its first full tile, how many
+    there are of each, and the step from one full tile to the next. Query blocks meet keys from the first row on, key
+    blocks meet queries from the last row back: programs that run together then read the same rows, which stay in L2.
     """
     side = (3 if BY_KEY else 0) * num_blocks
     n_partial = tl.load(plan_ptr + side + block, mask=block < num_blocks, other=0)
@@ -112,19 +114,18 @@ def tile_list(plan_ptr, block, num_blocks, BY_KEY: tl.constexpr):
     blocks = num_blocks.to(tl.int64)
     lists = plan_ptr + 6 * blocks
     if BY_KEY:
-        start = lists + blocks * (blocks + 1) // 2 + i * blocks - i * (i - 1) // 2
-        capacity = blocks - i
+        past = lists + blocks * (blocks + 1) // 2 + (i + 1) * blocks - i * (i + 1) // 2
+        return past - (blocks - i) + n_partial - 1, n_partial, past - n_full, n_full, 1
     else:
         start = lists + i * (i + 1) // 2
-        capacity = i + 1
-    return start + n_partial - 1, n_partial, start + capacity - 1, n_full
+        return start + n_partial - 1, n_partial, start + i, n_full, -1
 
 
 @triton.jit
-def listed_block(partial, n_partial, full, n_full, t):
+def listed_block(partial, n_partial, full, n_full, step, t):
     """Entry t of a list: its partial tiles (of a query block: the diagonal first), then its full ones.
 
     0 past the end, where the kernels read ahead.
     """
-    pointer = tl.where(t < n_partial, partial - t, full - (t - n_partial))
+    pointer = tl.where(t < n_partial, partial - t, full + (t - n_partial) * step)
     return tl.load(pointer, mask=t < n_partial + n_full, other=0)
