@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 # synchronisation; impl="reference" always does.
 DEBUG = os.environ.get("TW_DEBUG", "") not in ("", "0")
 
+# Asked once: torch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = tuple(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
@@ -137,7 +140,7 @@ class AttentionCall:
 def _autocast(x: Tensor) -> Tensor:
     """Under autocast, cast as scaled_dot_product_attention does: everything but float64 to autocast's dtype."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
 
