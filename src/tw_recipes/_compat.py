@@ -57,3 +57,16 @@ def watch_prefix_cache(manager: Any, cached: dict[str, int]) -> None:
         return found
 
     cache.search_prefix_match = searched
+
+
+def no_checkpointing() -> dict[str, bool]:
+    """Trainer arguments that turn activation checkpointing off, which TRL turns on; its name is new in transformers.
+
+    Removed when TRL follows transformers' new name and 5.17 is no longer supported.
+    """
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    return {"activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": False}

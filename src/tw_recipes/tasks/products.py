@@ -5,7 +5,7 @@ r"""The sum of products: a word problem whose answer needs four independent prod
                  7*4=8200>8200
                  …
                  =1a8 1b0 1c1 1d3   (written without the blanks) the result, each digit after a label (product, place)
-    sum          1a88…1e0         (label, copied digit, digit of the running total), one line a product
+    sum          1a8802a3114a…    a column addition, one line a place: (label, copied digit, running sum) a product
     answer       \boxed{80132}
 
 Digits are written from the lowest place up, so that carries run with the text; the answer too. The sequential and the
@@ -29,7 +29,7 @@ Style = Literal["sequential", "forkjoin"]
 Split = Literal["train", "test"]
 
 NOUNS = ("pens", "cups", "nuts", "maps", "hats", "keys", "eggs", "jars")
-_PLACES = "abcde"
+_PLACES = "abcd"
 _TEST_SHARE = 16  # one problem in so many belongs to the test split
 
 
@@ -96,7 +96,7 @@ class SumOfProducts:
         if offset < 0:
             raise ValueError(f"offset must be at least 0, got {offset}")
         factors = self.problems(offset + count, seed=seed, split=split)[offset:]
-        nouns = np.random.default_rng([seed, offset, count]).integers(0, len(NOUNS), (count, self.terms))
+        nouns = np.random.default_rng(seed).integers(0, len(NOUNS), (offset + count, self.terms))[offset:]
         total = factors.prod(axis=2).sum(axis=1)
         texts = _strings(_solution(factors, style))
         return [
@@ -180,16 +180,19 @@ def _work(factors: np.ndarray, term: int) -> list[_Piece]:
 
 
 def _sum(factors: np.ndarray) -> list[_Piece]:
-    """The running total over the products, digit by digit, and the answer."""
+    """The column addition of the products, a line a place, and the answer."""
     products = factors.prod(axis=2)
-    totals = products.cumsum(axis=1)
     pieces: list[_Piece] = []
-    for term in range(factors.shape[1]):
-        copied, total = _digits(products[:, term], 4), _digits(totals[:, term], 5)
-        for p in range(4):
-            pieces += [f"{term + 1}{_PLACES[p]}", copied[:, p : p + 1], total[:, p : p + 1]]
-        pieces += [f"{term + 1}{_PLACES[4]}", total[:, 4:], "\n"]
-    return [*pieces, "</think>\n\n\\boxed{", _digits(totals[:, -1], 5), "}"]
+    carry = np.zeros(len(factors), dtype=np.int64)
+    for p, place in enumerate(_PLACES):
+        running = carry
+        for term in range(factors.shape[1]):
+            digit = products[:, term] // 10**p % 10
+            running = running + digit
+            pieces += [f"{term + 1}{place}", _digits(digit, 1), _digits(running, 2)]
+        carry = running // 10
+        pieces += ["\n"]
+    return [*pieces, "</think>\n\n\\boxed{", _digits(products.sum(axis=1), 5), "}"]
 
 
 def _solution(factors: np.ndarray, style: Style) -> list[_Piece]:

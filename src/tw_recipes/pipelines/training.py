@@ -1,0 +1,149 @@
+"""Training of the tiny models: TRL's SFTTrainer on whole sequences, TrieSFTTrainer on packed tries, same options.
+
+Both take rows {"prompt", "text"} in the order given, each once, eight a step: the sequential model as stock TRL trains
+it, the fork/join model as a forest of eight tries a step.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from tw_recipes import _compat
+from tw_recipes.attention import uninstall
+from tw_recipes.pipelines.optimizer import MuonAdamW
+from tw_recipes.sft.config import TrieSFTConfig
+from tw_recipes.sft.trainer import TrieSFTTrainer
+
+BATCH = 8
+MUON_LR, ADAMW_LR = 0.02, 4e-3
+
+Row = Mapping[str, str]
+OnStep = Callable[[int, str], None]
+"""Called with the steps done and a line of figures."""
+
+
+class Trained(NamedTuple):
+    """What a stage of training did.
+
+    Attributes:
+        steps: Optimizer steps.
+        tokens: Tokens that the model computed.
+        targets: Tokens that carried loss.
+        curve: (step, loss, token accuracy), means since the entry before.
+    """
+
+    steps: int
+    tokens: int
+    targets: int
+    curve: list[tuple[int, float, float]]
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    tries: bool,
+    folder: Path,
+    seed: int,
+    lr_scale: float = 1.0,
+    on_step: OnStep | None = None,
+) -> Trained:
+    """Train `model` in place, one pass over `rows`.
+
+    Args:
+        model: Stays usable as it was: what training installs on it is removed.
+        tokenizer: Of the rows' text.
+        rows: A multiple of `BATCH` of them.
+        tries: Train on packed tries; False trains each text as one sequence.
+        folder: For the trainer; nothing is kept there.
+        seed: Of the trainer.
+        lr_scale: Of both learning rates.
+        on_step: For progress display.
+
+    Raises:
+        ValueError: `rows` does not divide into batches.
+    """
+    if not rows or len(rows) % BATCH:
+        raise ValueError(f"rows must be a positive multiple of {BATCH}, got {len(rows)}")
+    steps = len(rows) // BATCH
+    optimizer = MuonAdamW(model, muon_lr=MUON_LR * lr_scale, adamw_lr=ADAMW_LR * lr_scale)
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1.0,  # unused: the optimizer brings its own two, which the schedule scales
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
+        "warmup_steps": min(50, steps // 8),
+        "max_grad_norm": 1.0,
+        "train_sampling_strategy": "sequential",  # the rows are random already
+        "logging_steps": max(1, min(50, steps // 4)),
+        "disable_tqdm": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "seed": seed,
+        **_compat.no_checkpointing(),
+    }
+    kwargs: dict[str, Any] = {"processing_class": tokenizer, "optimizers": (optimizer, None)}
+    if on_step is not None:
+        kwargs["callbacks"] = [_Progress(on_step)]
+    with _quiet_datasets(), contextlib.redirect_stdout(None):
+        if tries:
+            # Short segments, many of them: on a CPU one by one is faster than the mask over the whole forest.
+            args = TrieSFTConfig(**options, pack_samples=False, attention_impl="varlen")
+            trainer: SFTTrainer = TrieSFTTrainer(model, args, train_dataset=Dataset.from_list(list(rows)), **kwargs)
+        else:
+            plain = Dataset.from_list([{"prompt": row["prompt"], "completion": row["text"]} for row in rows])
+            trainer = SFTTrainer(model, SFTConfig(**options, max_length=None), train_dataset=plain, **kwargs)
+        trainer.train()
+    uninstall(model)
+    model.eval()
+    curve = [
+        (entry["step"], entry["loss"], entry["mean_token_accuracy"])
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    if not all(torch.isfinite(torch.tensor(loss)) for _, loss, _ in curve):
+        raise FloatingPointError(f"the loss is not finite: {curve}; lower lr_scale={lr_scale}")
+    return Trained(steps, *_count(trainer.train_dataset, tries), curve)
+
+
+def _count(prepared: Dataset, tries: bool) -> tuple[int, int]:
+    """(tokens computed, tokens trained) of a prepared data set, one pass."""
+    tokens = sum(map(len, prepared["input_ids"]))
+    if tries:
+        return tokens, sum(map(sum, prepared["target_weights"]))
+    return tokens, sum(label != -100 for row in prepared["labels"] for label in row)
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, on_step: OnStep):
+        self.on_step, self.figures = on_step, ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.figures = f"loss {float(logs['loss']):.3f}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step(state.global_step, self.figures)
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    shown = not datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
