@@ -73,7 +73,8 @@ def quickstart(
     """
     if steps < 3:
         raise ValueError(f"steps must be at least 3 (one of each kind of training), got {steps}")
-    problems = problems or (200 if steps >= SHORT_RUN else 24)
+    if problems is None:
+        problems = 200 if steps >= SHORT_RUN else 24
     if problems < 1:
         raise ValueError(f"problems must be at least 1, got {problems}")
     torch.set_num_threads(threads or min(torch.get_num_threads(), 4))
