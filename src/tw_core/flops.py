@@ -127,13 +127,13 @@ def _size(config: Any, name: str) -> int:
 
 def _mlp_weights(config: Any, hidden: int, layer: int) -> int:
     """Weights of a gated MLP that one token meets in this layer."""
-    active = getattr(config, "num_experts_per_tok", None)
+    active: int | None = getattr(config, "num_experts_per_tok", None)
     step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None) or ()
     if not active or layer in dense or (layer + 1) % step:
         return 3 * hidden * _size(config, "intermediate_size")
-    width = getattr(config, "moe_intermediate_size", None) or _size(config, "intermediate_size")
-    experts = getattr(config, "num_experts", None) or _size(config, "num_local_experts")
-    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
+    width: int = getattr(config, "moe_intermediate_size", None) or _size(config, "intermediate_size")
+    experts: int = getattr(config, "num_experts", None) or _size(config, "num_local_experts")
+    shared: int = getattr(config, "shared_expert_intermediate_size", None) or 0
     return hidden * (3 * (active * width + shared) + experts)  # with the router
 
 

@@ -170,7 +170,7 @@ def parent_from_subtree_end(subtree_end: Int[Tensor, " N"]) -> Int32[Tensor, " N
     return torch.where(depth > 0, order[above.clamp(min=0)], -1).to(torch.int32)
 
 
-def check_forest(subtree_end: Int[Tensor, " N"], position_ids: Int[Tensor, " N"] | None = None) -> None:
+def check_forest(subtree_end: Int[Tensor, "..."], position_ids: Int[Tensor, "..."] | None = None) -> None:
     """Raise unless `subtree_end` is that of a forest in preorder, along which `position_ids` rise by one.
 
     Costs a sort and host synchronisations.

@@ -232,7 +232,7 @@ class ReasoningTrie:
         starts = np.cumsum(lengths) - lengths
         parts = []
         for low, high in _cheapest_cuts(lengths[order].tolist(), shared.tolist(), max_tokens):
-            group = np.sort(order[low:high])
+            group = sorted(order[low:high].tolist())
             masks: list[_Mask] = [self.loss_masks[starts[i] : starts[i] + lengths[i]] for i in group]
             parts.append(ReasoningTrie([self.sequence(i) for i in group], masks, self.origin[group]))
         return parts
