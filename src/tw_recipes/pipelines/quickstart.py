@@ -122,7 +122,7 @@ def quickstart(
     measured = {}
     longest = max(len(tokenizer.encode(row["text"])) for row in made["test"][:8])
     for name, fork in (("sequential", False), ("forkjoin", True)):
-        with run.stage(f"decode_{name}"), run.bar(f"decode {problems} problems, {name}", None):
+        with run.stage(f"decode_{name}"), run.bar(f"decode {name}", len(data["test"])) as on_done:
             # From disk: what is measured is what was saved.
             measured[name] = measure(
                 AutoModelForCausalLM.from_pretrained(out / name).eval(),
@@ -133,6 +133,7 @@ def quickstart(
                 single=min(20 if steps >= SHORT_RUN else 2, problems),
                 max_total_tokens=longest + 32,
                 max_thread_tokens=longest // 3,
+                on_done=on_done,
             )
 
     with run.stage("report"):
@@ -188,7 +189,7 @@ class _Run:
             self.seconds[name] = round(time.perf_counter() - began, 2)
 
     @contextmanager
-    def bar(self, title: str, total: int | None) -> Iterator[OnStep]:
+    def bar(self, title: str, total: int) -> Iterator[OnStep]:
         columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console) as progress:
             handle = progress.add_task(title, total=total, figures="")

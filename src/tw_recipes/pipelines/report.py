@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tw_recipes.pipelines.comparison import CALLS_IN_FLIGHT
 from tw_recipes.pipelines.training import BATCH, Trained
 
 Example = tuple[str, str, str]
@@ -54,7 +55,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("speedup in tokens (mean)", "1.00x", f"{two['speedup_tokens']:.2f}x"),
         ("wall clock, one problem at a time", *pair("wall_seconds_single", "{:.2f} s")),
         ("speedup in wall clock, one at a time", "1.00x", f"{two['speedup_wall']:.2f}x"),
-        ("wall clock, all problems at once", *pair("wall_seconds_all", "{:.1f} s")),
+        (f"wall clock, all problems, {CALLS_IN_FLIGHT} calls at a time", *pair("wall_seconds_all", "{:.1f} s")),
         ("well-formed fork/join responses", "", f"{two['format_correct']:.1%}"),
         ("trained: steps (problems seen)", *(f"{t['steps']} ({t['problems']:,})" for t in training)),
         ("trained: tokens computed", *(f"{t['tokens_computed']:,}" for t in training)),
