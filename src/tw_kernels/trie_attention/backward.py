@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tw_kernels.trie_attention.config import TileConfig, matmul_precision, padded
 from tw_kernels.trie_attention.plan import BlockPlan
@@ -117,14 +118,20 @@ def _dkv_step(
     q_ptr, do_ptr, lse_ptr, delta_ptr, depth_ptr, stride_qn, stride_qh, stride_don, stride_doh,
     n_rows, window, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what BLOCK_M queries of one head from row `first_q` give to dk, without the scale, and dv.
 
     Tiles are transposed (keys down, queries across): P^T and dS^T then enter their products from registers.
     """
     wide_head = head.to(tl.int64)
-    q = load_tile(q_ptr + wide_head * stride_qh, first_q, stride_qn, n_rows, D, BLOCK_M, BLOCK_D)
+    if TMA:
+        q = q_ptr.load([first_q, head * D])
+        do = do_ptr.load([first_q, head * DV])
+    else:
+        q = load_tile(q_ptr + wide_head * stride_qh, first_q, stride_qn, n_rows, D, BLOCK_M, BLOCK_D)
+        do = load_tile(do_ptr + wide_head * stride_doh, first_q, stride_don, n_rows, DV, BLOCK_M, BLOCK_DV)
     lse = load_row_floats(lse_ptr + wide_head * n_rows, first_q, n_rows, BLOCK_M) * LOG2_E
     products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
     logits, bent = logits_base2(products, scale, softcap, HAS_SOFTCAP)
@@ -140,7 +147,6 @@ def _dkv_step(
         )  # fmt: skip
         p = tl.where(seen, p, 0.0)
     # Query rows past the end have q = do = delta = 0: they add p (0 - 0) and p^T 0.
-    do = load_tile(do_ptr + wide_head * stride_doh, first_q, stride_don, n_rows, DV, BLOCK_M, BLOCK_DV)
     if WITH_DK:
         delta = load_row_floats(delta_ptr + wide_head * n_rows, first_q, n_rows, BLOCK_M)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
@@ -164,7 +170,7 @@ def _dkv_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HEAD_SLOWEST: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, one key head: one loop over (tile, query head of the group)."""
     PARTS: tl.constexpr = BLOCK // BLOCK_N
@@ -196,7 +202,7 @@ def _dkv_kernel(
             k, v, dk, dv, head, first_q, t < n_partial * STEPS, k_rows, k_ends, k_depths,
             q_ptr, do_ptr, lse_ptr, delta_ptr, depth_ptr, stride_qn, stride_qh, stride_don, stride_doh,
             n_rows, window, scale, softcap,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_SOFTCAP, WITH_DK, WITH_DV, PRECISION,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_SOFTCAP, WITH_DK, WITH_DV, TMA, PRECISION,
         )  # fmt: skip
     if WITH_DK:
         store_tile(dk_ptr + wide_head * stride_dkh, dk * scale, first_k, stride_dkn, n_rows, D, BLOCK_N, BLOCK_D)
@@ -262,16 +268,31 @@ def launch_backward(
         *scalars, **shapes, **dq_config.options(),
     )  # fmt: skip
     grid = (plan.num_blocks * (plan.block // dkv_config.block_n) * kv_heads,)
+    # Through the tensor memory accelerator, which also clips at the last row, where the layout is one it can describe.
+    tma = dkv_config.tma and _describable(q) and _describable(grad_o)
+    rows = [_describe(x, dkv_config.block_m) if tma else x for x in (q, grad_o)]
     # Wide heads leave no registers for two accumulators: dk and dv then come from a launch each.
     for with_dk, with_dv in ((True, False), (False, True)) if dkv_config.separate else ((True, True),):
         _dkv_kernel[grid](
-            q, k, v, subtree_end, depth, plan.data, grad_o, lse, delta, dk, dv,
+            rows[0], k, v, subtree_end, depth, plan.data, rows[1], lse, delta, dk, dv,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             grad_o.stride(0), grad_o.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
-            *scalars, **shapes, WITH_DK=with_dk, WITH_DV=with_dv, **dkv_config.options(),
+            *scalars, **shapes, WITH_DK=with_dk, WITH_DV=with_dv, TMA=tma, **dkv_config.options(),
         )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, None
     # The sink's probability times (0 - delta), over all rows.
     sink_p = torch.exp(sinks.float()[:, None] - lse)  # (H, N)
     return dq, dk, dv, -(sink_p * delta).sum(1).to(sinks.dtype)
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether x (N, H, D) is rows of H * D contiguous elements that a TMA descriptor can tile."""
+    n, num_heads, dim = x.shape
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return aligned and x.stride(2) == 1 and (num_heads == 1 or x.stride(1) == dim) and dim == padded(dim) and n > 1
+
+
+def _describe(x: Tensor, block: int) -> TensorDescriptor:
+    n, num_heads, dim = x.shape
+    return TensorDescriptor(x, [n, num_heads * dim], [x.stride(0), 1], [block, dim])

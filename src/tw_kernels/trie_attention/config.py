@@ -26,6 +26,7 @@ class TileConfig:
         num_stages: Depth of the load pipeline.
         head_slowest: Finish one key head before the next (`tiles.scheduled`).
         separate: Launch the dk/dv kernel twice, once for each.
+        tma: Load queries by tensor descriptors where their layout allows it (dk/dv kernel; sm_90 and later).
     """
 
     block_m: int
@@ -34,6 +35,7 @@ class TileConfig:
     num_stages: int
     head_slowest: bool = True
     separate: bool = False
+    tma: bool = False
 
     def options(self) -> dict[str, int | bool]:
         """As launch arguments."""
@@ -50,22 +52,22 @@ class TileConfig:
 
 _INTERPRETER = TileConfig(64, 64, 1, 1)
 
-# (padded head dimension) -> tiles; 16-bit inputs. Measured on one H100, see docs/performance.md.
+# (padded head dimension) -> tiles; 16-bit inputs. Measured on one H100 (docs/performance.md); no spills with Triton 3.9.
 _SM90_16BIT: dict[Pass, dict[int, TileConfig]] = {
     "forward": {
-        64: TileConfig(128, 128, 8, 3),
-        128: TileConfig(128, 128, 8, 2),
+        64: TileConfig(128, 64, 4, 3),
+        128: TileConfig(64, 64, 4, 3),
         256: TileConfig(128, 64, 8, 2),
     },
     "dq": {
-        64: TileConfig(128, 64, 8, 3),
+        64: TileConfig(64, 64, 4, 3),
         128: TileConfig(128, 64, 8, 3),
-        256: TileConfig(64, 64, 8, 1),
+        256: TileConfig(128, 64, 8, 1),
     },
     "dkv": {
-        64: TileConfig(64, 128, 8, 3),
-        128: TileConfig(64, 128, 8, 2),
-        256: TileConfig(64, 64, 8, 1),
+        64: TileConfig(64, 64, 4, 2, head_slowest=False),
+        128: TileConfig(64, 64, 4, 2, head_slowest=False, tma=True),
+        256: TileConfig(32, 128, 8, 2, head_slowest=False, separate=True, tma=True),
     },
 }
 # Other chips (sm_80 and later): unmeasured, within the 99 KiB of shared memory that the smallest of them gives a block.
