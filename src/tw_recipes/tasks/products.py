@@ -1,12 +1,16 @@
 r"""The sum of products: a word problem whose answer needs four independent products and then their sum.
 
-    prompt       73 boxes of 48 pens, 21 boxes of 55 cups, 90 boxes of 13 nuts, 14 boxes of 77 maps: how many?
-    work         73*48            the digits of one product, one digit product a line: shifted product > running total
-                 7*4=8200>8200
+    prompt       42 boxes of 99 eggs, 77 boxes of 54 keys, 97 boxes of 38 hats, 98 boxes of 64 nuts: how many?
+    work         1: 42*99                  one product: 24 times 99
+                 4*9=6300>6300             a digit product a line: shifted to its place > running total
+                 4*9=0630>6930
+                 2*9=0810>6750
+                 2*9=0081>6732
+                 =1a61b71c31d2             the result, each digit after a label (product, place), which is one token
+    sum          1a6602a5113a7814a422      a column addition, a line a place: label, copied digit, running sum
                  …
-                 =1a8 1b0 1c1 1d3   (written without the blanks) the result, each digit after a label (product, place)
-    sum          1a8802a3114a…    a column addition, one line a place: (label, copied digit, running sum) a product
-    answer       \boxed{80132}
+                 4a24b94c44d61             the digits of the sum, read off the columns by their labels
+    answer       \boxed{29461}             16492
 
 Digits are written from the lowest place up, so that carries run with the text; the answer too. The sequential and the
 fork/join solution have the same lines in the same order; fork/join adds the tags and the outlines. Every text of one
@@ -192,7 +196,12 @@ def _sum(factors: np.ndarray) -> list[_Piece]:
             pieces += [f"{term + 1}{place}", _digits(digit, 1), _digits(running, 2)]
         carry = running // 10
         pieces += ["\n"]
-    return [*pieces, "</think>\n\n\\boxed{", _digits(products.sum(axis=1), 5), "}"]
+    # The answer is read off the columns by their labels, then copied into the box at short distance.
+    total = _digits(products.sum(axis=1), 5)
+    labelled = [
+        piece for p, place in enumerate(_PLACES) for piece in (f"{factors.shape[1]}{place}", total[:, p : p + 1])
+    ]
+    return [*pieces, *labelled, total[:, 4:], "\n", "</think>\n\n\\boxed{", total, "}"]
 
 
 def _solution(factors: np.ndarray, style: Style) -> list[_Piece]:
