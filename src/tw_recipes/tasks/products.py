@@ -7,9 +7,9 @@ r"""The sum of products: a word problem whose answer needs four independent prod
                  2*9=0810>6750
                  2*9=0081>6732
                  =1a61b71c31d2             the result, each digit after a label (product, place), which is one token
-    sum          1a6602a5113a7814a422      a column addition, a line a place: label, copied digit, running sum
-                 …
-                 4a24b94c44d61             the digits of the sum, read off the columns by their labels
+    sum          1a6602a5113a7814a4225a2   a column addition, a line a place: label, copied digit, running sum;
+                 …                         at the end the sum's own digit, with a label
+                 5a25b95c45d61             the digits of the sum, read off the columns by their labels
     answer       \boxed{29461}             16492
 
 Digits are written from the lowest place up, so that carries run with the text; the answer too. The sequential and the
@@ -34,6 +34,7 @@ Split = Literal["train", "test"]
 
 NOUNS = ("pens", "cups", "nuts", "maps", "hats", "keys", "eggs", "jars")
 _PLACES = "abcd"
+_SUM = 5  # the "term" of the sum in labels
 _TEST_SHARE = 16  # one problem in so many belongs to the test split
 
 
@@ -112,7 +113,7 @@ class SumOfProducts:
 
     def tokenizer(self) -> Any:
         """One token a digit, label, word and tag."""
-        labels = [f"{term + 1}{place}" for term in range(4) for place in _PLACES]
+        labels = [f"{term}{place}" for term in (1, 2, 3, 4, _SUM) for place in _PLACES]
         words = [" boxes of ", *(f" {noun}" for noun in NOUNS), ", ", ": how many?"]
         return build_tokenizer([*labels, *words, *"0123456789", *"*=> :.{}", "\n", "\\boxed"])
 
@@ -195,12 +196,10 @@ def _sum(factors: np.ndarray) -> list[_Piece]:
             running = running + digit
             pieces += [f"{term + 1}{place}", _digits(digit, 1), _digits(running, 2)]
         carry = running // 10
-        pieces += ["\n"]
+        pieces += [f"{_SUM}{place}", _digits(running, 1), "\n"]
     # The answer is read off the columns by their labels, then copied into the box at short distance.
     total = _digits(products.sum(axis=1), 5)
-    labelled = [
-        piece for p, place in enumerate(_PLACES) for piece in (f"{factors.shape[1]}{place}", total[:, p : p + 1])
-    ]
+    labelled = [piece for p, place in enumerate(_PLACES) for piece in (f"{_SUM}{place}", total[:, p : p + 1])]
     return [*pieces, *labelled, total[:, 4:], "\n", "</think>\n\n\\boxed{", total, "}"]
 
 
