@@ -103,3 +103,42 @@ def spelled_edges(packed: Any) -> Counter[tuple[Prefix, int]]:
 def lognormal_sizes(count: int, seed: int, largest: int) -> np.ndarray:
     """Sizes of many samples: lognormal with median 500, cut at `largest`."""
     return np.clip(np.random.default_rng(seed).lognormal(np.log(500), 0.8, count).astype(int), 1, largest)
+
+
+def trajectory_units(
+    rng: np.random.Generator, blocks: int, threads: int, prompt: np.ndarray, text: int, thread: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Units of one fork/join trajectory of random ids: `text` tokens before each block and at the end."""
+
+    def tokens(count: int) -> np.ndarray:
+        return rng.integers(100, 150_000, count)
+
+    context, units = prompt, []
+    for _ in range(blocks):
+        opened = tokens(text)
+        units.append((context, opened))
+        context = joined = np.concatenate([context, opened])
+        for number in range(threads):
+            header, body = np.array([1, 2, 3, 4 + number]), tokens(thread)
+            units.append((np.concatenate([context, header]), body))
+            joined = np.concatenate([joined, header, body])
+        context = np.append(joined, 1)
+    units.append((context, tokens(text)))
+    return units
+
+
+def sft_24k(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """One SFT trajectory of 5 blocks x 4 threads: 26 units, about 24k rows."""
+    rng = np.random.default_rng(seed)
+    return trajectory_units(rng, 5, 4, rng.integers(100, 150_000, 200), text=180, thread=645)
+
+
+def grpo_groups(trajectories: int, seed: int = 0) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """A GRPO batch: 8 fork/join rollouts a prompt, 7 units each, about 5k tokens a unit."""
+    groups = []
+    for group in range(trajectories // 8):
+        rng = np.random.default_rng([seed, group])
+        prompt = rng.integers(100, 150_000, 1_000)
+        rollouts = [trajectory_units(rng, 1, 5, prompt, text=2_000, thread=1_000) for _ in range(8)]
+        groups.append([unit for rollout in rollouts for unit in rollout])
+    return groups
