@@ -20,7 +20,11 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "eval": Command(
+        "tw_recipes.evaluation.command", "accuracy, token latency and speedup on a data set, with a report"
+    ),
     "quickstart": Command("tw_recipes.pipelines.quickstart", "make data, train both models, decode, compare (CPU)"),
+    "rollout": Command("tw_recipes.rollout_command", "decode a file of prompts into a file of trajectories, resumable"),
     "sft": Command("tw_recipes.sft.command", "fine-tune a model on fork/join trajectories, packed as tries"),
 }
 
@@ -30,7 +34,13 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: threadweaver COMMAND [options]", "", *lines, "", "`threadweaver COMMAND --help` lists a command's options."]
+        [
+            "usage: threadweaver COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "`threadweaver COMMAND --help` lists a command's options.",
+        ]
     )
 
 

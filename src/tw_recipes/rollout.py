@@ -11,6 +11,7 @@ Guarded by tests/recipes/test_rollout.py. `threadweaver rollout` is tw_recipes.r
 import asyncio
 import json
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from tw_core import check_ids
 from tw_core.errors import ThreadWeaverError
 from tw_recipes.decoding.decoder import ForkJoinDecoder
 from tw_recipes.decoding.rollout import Call, Rollout
+from tw_recipes.decoding.rollout import Path as Path_
 
 
 class RolloutFileError(ThreadWeaverError, ValueError):
@@ -162,7 +164,7 @@ def read_trajectories(path: str | Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                row["key"], row["stats"], row["status"]
+                row["key"], row["stats"], row["status"], row["token_latency"]
             except (ValueError, KeyError, TypeError) as error:
                 raise RolloutFileError(
                     f"{path}, line {number}: expected a line of `threadweaver rollout`, got {line[:60]!r}; "
@@ -181,6 +183,7 @@ def trajectory_row(rollout: Rollout, tokenizer: Any, *, units: bool = True) -> d
         "reason": rollout.reason,
         "text": rollout.text(tokenizer),
         "stats": rollout.stats._asdict(),
+        **_executed(rollout),
         "format_ok": report.ok and not rollout.forced,
         "problems": [[problem.offset, problem.kind, problem.message] for problem in report.problems],
         "forced": rollout.forced,
@@ -196,6 +199,29 @@ def trajectory_row(rollout: Rollout, tokenizer: Any, *, units: bool = True) -> d
         row["units"] = [[unit.context.tolist(), unit.completion.tolist()] for unit in rollout.units]
         row["logprobs"] = None if logprobs is None else [values.tolist() for values in logprobs]
     return row
+
+
+def _executed(rollout: Rollout) -> dict[str, int]:
+    """Blocks and threads that ran at once, and the token latency of that.
+
+    A block that the model wrote in one call (a sequential run, a limit) is text: its tags earn nothing. When every
+    block was run, the latency is L of SPEC section 5; otherwise the longest chain of calls plus all injected glue.
+    """
+    stats, tokens = rollout.stats, defaultdict[Path_, int](int)
+    for call in rollout.calls:
+        if call.kind != "warm":
+            tokens[call.path] += len(call.completion)
+    blocks: dict[tuple[Path_, int], list[Path_]] = {}
+    for path in tokens:
+        if path:
+            blocks.setdefault((path[:-1], path[-1][0]), []).append(path)
+    latency = stats.critical_path_tokens
+    if len(blocks) != stats.num_blocks:
+        chain = dict(tokens)
+        for (parent, _), threads in sorted(blocks.items(), key=lambda block: -len(block[0][0])):  # deepest first
+            chain[parent] = chain.get(parent, 0) + max(chain[thread] for thread in threads)
+        latency = stats.total_tokens - rollout.generated_tokens + chain.get((), 0)
+    return {"forks": len(blocks), "forked_threads": sum(map(len, blocks.values())), "token_latency": latency}
 
 
 def _call(call: Call) -> dict[str, Any]:

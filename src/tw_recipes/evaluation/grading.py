@@ -166,8 +166,14 @@ class GraderPool:
         return await asyncio.wrap_future(self._threads.submit(self.grade, response, answer))
 
     def grade_many(self, responses: Sequence[str], answers: Sequence[str]) -> list[Grade]:
-        """Grades of many responses, in order, as many at once as there are processes."""
-        return list(self._threads.map(self.grade, responses, answers, strict=True))
+        """Grades of many responses, in order, as many at once as there are processes.
+
+        Raises:
+            ValueError: There are not as many answers as responses.
+        """
+        if len(responses) != len(answers):
+            raise ValueError(f"answers must have one entry per response ({len(responses)}), got {len(answers)}")
+        return list(self._threads.map(self.grade, responses, answers))
 
     def close(self) -> None:
         """Stop the processes; answers in work are finished first, waiting ones are cancelled."""

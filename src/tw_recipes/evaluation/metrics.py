@@ -29,9 +29,9 @@ class Sample(NamedTuple):
         extracted: The answer that was compared.
         status: Status of the rollout.
         total_tokens: T.
-        critical_path_tokens: L, the token latency.
-        num_blocks: Blocks.
-        num_threads: Threads.
+        critical_path_tokens: L, the token latency of what was run; T for a response decoded in one call.
+        num_blocks: Blocks that forked.
+        num_threads: Threads that ran.
         format_ok: The response is well-formed and no closer was forced.
         seconds: Wall-clock time of the trajectory.
     """
