@@ -96,7 +96,7 @@ def load_tokenizer(model: str) -> Any:
 def make_engine(options: EngineOptions, tokenizer: Any) -> Engine:
     """The engine that the flags describe."""
     if options.base_url:
-        from tw_recipes.decoding import OpenAIEngine  # type: ignore[attr-defined]
+        from tw_recipes.decoding import OpenAIEngine
 
         return OpenAIEngine(list(options.base_url), options.served_name or options.model, tokenizer)
     from transformers import AutoModelForCausalLM
