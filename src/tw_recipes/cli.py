@@ -1,7 +1,7 @@
 """The `threadweaver` command: one table from a word to the module that does the job.
 
-Each module has a plain Python function for the job and `main(argv) -> int`, which reads the flags and calls it. Modules are
-imported when their word is called, so that `threadweaver --help` answers at once.
+Each module has a plain Python function for the job and `main(argv) -> int`, which reads the flags and calls it. Modules
+are imported when their word is called, so that `threadweaver --help` answers at once.
 """
 
 from __future__ import annotations
