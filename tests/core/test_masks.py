@@ -101,8 +101,8 @@ def test_a_window_skips_and_fills_only_what_it_may(depth: Tensor, size: int, win
 
 
 def test_a_window_leaves_out_far_blocks_and_keeps_near_ones_full() -> None:
-    """On a chain the bounds are exact, so a window that reached nothing would be seen."""
-    partial, full = _chosen(torch.full((64,), 64, dtype=torch.int32), 8, window=24)
+    """On a chain the bounds are exact: row 32 sees back to row 8, so block 4 does not meet block 0."""
+    partial, full = _chosen(torch.full((64,), 64, dtype=torch.int32), 8, window=25)
     distance = torch.arange(8)[:, None] - torch.arange(8)
     assert torch.equal(full, (distance > 0) & (distance <= 2))
     assert torch.equal(partial, (distance == 0) | (distance == 3))
