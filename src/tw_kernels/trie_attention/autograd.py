@@ -18,7 +18,6 @@ from tw_kernels.trie_attention.config import Pass, TileConfig, pick_config, plan
 from tw_kernels.trie_attention.forward import launch_forward
 from tw_kernels.trie_attention.plan import BlockPlan, cached_plan, plan_data, plan_size
 
-
 OPTIONS = "SymInt block, float scale, SymInt? window, float? softcap"
 PROBLEM = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor subtree_end, Tensor? depth, Tensor plan"
 # Defined by schema rather than by @custom_op, whose checks at each call cost more than a launch.
@@ -119,7 +118,9 @@ def _backward_impl(
 
 
 @torch.library.register_fake("threadweaver::trie_attention_backward")
-def _backward_fake(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_fake(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 

@@ -52,7 +52,8 @@ class TileConfig:
 
 _INTERPRETER = TileConfig(64, 64, 1, 1)
 
-# (padded head dimension) -> tiles; 16-bit inputs. Measured on one H100 (docs/performance.md); no spills with Triton 3.9.
+# (padded head dimension) -> tiles; 16-bit inputs. Measured on one H100 (docs/performance.md); what spills is
+# named in tests/kernels/test_compile.py.
 _SM90_16BIT: dict[Pass, dict[int, TileConfig]] = {
     "forward": {
         64: TileConfig(128, 64, 4, 3),
@@ -70,6 +71,8 @@ _SM90_16BIT: dict[Pass, dict[int, TileConfig]] = {
         256: TileConfig(32, 128, 8, 2, head_slowest=False, separate=True, tma=True),
     },
 }
+# The dk/dv kernel where no descriptor fits, that is for head dimensions such as 80 and 96.
+_SM90_DKV_WITHOUT_TMA = TileConfig(32, 128, 8, 2, head_slowest=False)
 # Other chips (sm_80 and later): unmeasured, within the 99 KiB of shared memory that the smallest of them gives a block.
 _ANY_16BIT: dict[Pass, dict[int, TileConfig]] = {
     "forward": {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 32, 4, 2), 256: TileConfig(32, 32, 4, 1)},
@@ -78,9 +81,9 @@ _ANY_16BIT: dict[Pass, dict[int, TileConfig]] = {
 }
 # float32 on every chip: ordinary arithmetic, a tool for checks rather than for speed.
 _ANY_32BIT: dict[Pass, dict[int, TileConfig]] = {
-    "forward": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
-    "dq": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
-    "dkv": {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 4, 1), 256: TileConfig(16, 16, 4, 1)},
+    "forward": {64: TileConfig(32, 32, 8, 1), 128: TileConfig(32, 32, 8, 1), 256: TileConfig(16, 16, 4, 1)},
+    "dq": {64: TileConfig(32, 32, 8, 1), 128: TileConfig(32, 32, 8, 1), 256: TileConfig(16, 16, 4, 1)},
+    "dkv": {64: TileConfig(32, 32, 8, 1), 128: TileConfig(32, 32, 8, 1), 256: TileConfig(16, 16, 4, 1)},
 }
 
 
@@ -106,8 +109,12 @@ def pick_config(
         return _INTERPRETER
     if dtype == torch.float32:
         table = _ANY_32BIT
+    elif capability[0] == 9:
+        table = _SM90_16BIT
+        if kernel == "dkv" and 64 < width <= 128 and any(dim != padded(dim) for dim in (head_dim, value_dim)):
+            return _SM90_DKV_WITHOUT_TMA
     else:
-        table = _SM90_16BIT if capability[0] == 9 else _ANY_16BIT
+        table = _ANY_16BIT
     return table[kernel][max(64, padded(width))]
 
 

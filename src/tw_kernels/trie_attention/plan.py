@@ -7,7 +7,7 @@ query block and q1 one past its last:
     full      the key block comes earlier, and min >= q1         every pair is visible
     partial   the others                                         the kernel tests each pair
 
-A window skips more by the bounds of depth, and tests more. One int32 tensor holds everything, in this order, for B blocks:
+A window skips more by the bounds of depth, and tests more. One int32 tensor holds it all, in this order, for B blocks:
 
     per query block   (B,) partial tiles, (B,) full tiles, (B,) blocks from most tiles to fewest
     per key block     the same three (the transpose, for dk and dv)
