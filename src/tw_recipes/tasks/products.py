@@ -1,6 +1,6 @@
 r"""The sum of products: a word problem whose answer needs four independent products and then their sum.
 
-    prompt       1: 42 boxes of 99 eggs, 2: 77 boxes of 54 keys, 3: 97 boxes of 38 hats, 4: … nuts: how many?
+    prompt       42 boxes of 99 eggs, 77 boxes of 54 keys, 97 boxes of 38 hats, 98 boxes of 64 nuts: how many?
     work         1: 42*99                  one product: 24 times 99
                  4*9=6300>6300             a digit product a line: shifted to its place > running total
                  4*9=0630>6930
@@ -16,8 +16,7 @@ Digits are written from the lowest place up, so that carries run with the text; 
 fork/join solution have the same lines in the same order; fork/join adds the tags and the outlines. Every text of one
 style has the same number of tokens.
 
-Labels and numbers make every copy a look-up of the token after the last one like it. Without the labels a tiny model
-learns the products and then fails to copy them; without the numbers in the prompt one seed in three mixed up the terms.
+The labels make copying into the sum a look-up: without them a tiny model learns the products and then fails to copy.
 
 Tests: tests/recipes/tasks/test_products.py.
 """
@@ -116,8 +115,7 @@ class SumOfProducts:
         """One token a digit, label, word and tag."""
         labels = [f"{term}{place}" for term in (1, 2, 3, 4, _SUM) for place in _PLACES]
         words = [" boxes of ", *(f" {noun}" for noun in NOUNS), ", ", ": how many?"]
-        numbers = [f"{term + 1}:" for term in range(4)]
-        return build_tokenizer([*labels, *numbers, *words, *"0123456789", *"*=> :.{}", "\n", "\\boxed"])
+        return build_tokenizer([*labels, *words, *"0123456789", *"*=> :.{}", "\n", "\\boxed"])
 
     def grader(self) -> ExactGrader:
         """Compares the boxed answer after `</think>` with the row's answer; it never sees the prompt."""
@@ -162,7 +160,7 @@ def _prompt(factors: np.ndarray, nouns: np.ndarray) -> list[_Piece]:
     for term in range(factors.shape[1]):
         left, right = factors[:, term].T
         pieces += [", "] if term else []
-        pieces += [f"{term + 1}: ", _digits(left, 2), " boxes of ", _digits(right, 2), " ", names[nouns[:, term]]]
+        pieces += [_digits(left, 2), " boxes of ", _digits(right, 2), " ", names[nouns[:, term]]]
     return [*pieces, ": how many?\n"]
 
 
