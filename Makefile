@@ -50,6 +50,9 @@ test-slow: setup  ## the heavy CPU cases
 test-gpu: setup  ## the cases that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+mutants: setup  ## seeded mistakes in the kernels, each of which the tests must catch
+	$(BIN)/python -m tests.kernels.mutants
+
 bench: setup  ## the CPU benchmarks; figures go to benchmarks/results/
 	$(BIN)/python -m pytest benchmarks -q -m "" $(ARGS)
 

@@ -36,7 +36,7 @@ def _plan_impl(subtree_end: Tensor, depth: Tensor | None, window: int | None, bl
     return plan_data(subtree_end, depth, window, block)
 
 
-@torch.library.register_fake("threadweaver::trie_plan")
+@torch.library.register_fake("threadweaver::trie_plan")  # type: ignore[untyped-decorator]
 def _plan_fake(subtree_end: Tensor, depth: Tensor | None, window: int | None, block: int) -> Tensor:
     return subtree_end.new_empty(plan_size(subtree_end.shape[0], block), dtype=torch.int32)
 
@@ -56,7 +56,7 @@ def _forward_impl(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """o (N, H, Dv) and lse (H, N) float32."""
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         return launch_forward(
             _addressable(q, block),
             _addressable(k, block),
@@ -72,7 +72,7 @@ def _forward_impl(
         )
 
 
-@torch.library.register_fake("threadweaver::trie_attention")
+@torch.library.register_fake("threadweaver::trie_attention")  # type: ignore[untyped-decorator]
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     n, num_heads, _dim = q.shape
     return q.new_empty((n, num_heads, v.shape[2])), q.new_empty((num_heads, n), dtype=torch.float32)
@@ -96,7 +96,7 @@ def _backward_impl(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks, the last one empty without sinks."""
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         dq, dk, dv, dsinks = launch_backward(
             _addressable(q, block),
             _addressable(k, block),
@@ -117,7 +117,7 @@ def _backward_impl(
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@torch.library.register_fake("threadweaver::trie_attention_backward")
+@torch.library.register_fake("threadweaver::trie_attention_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -129,7 +129,7 @@ def _plan_data_torch(subtree_end: Tensor, depth: Tensor | None, window: int | No
     # (query block, key block)
     met = (index <= index[:, None]) & (high > first[:, None])
     full = met & (index < index[:, None]) & (low >= past[:, None])
-    if depth is not None:
+    if depth is not None and window is not None:
         shallow, deep = block_bounds(depth, block)
         met &= shallow[:, None] - deep < window
         full &= deep[:, None] - shallow < window
@@ -181,9 +181,10 @@ def cached_plan(subtree_end: Tensor, depth: Tensor | None, window: int | None, b
     with torch.inference_mode(False):  # a later training pass saves the plan for its backward
         plan = make_plan(subtree_end, depth=depth, window=window, block=block)
     with _lock:
-        for stale in [k for k, (refs, _) in _plans.items() if any(ref.expired() for ref in refs)]:
+        for stale in [k for k, (refs, _) in _plans.items() if any(r.expired() for r in refs)]:  # type: ignore[no-untyped-call]
             del _plans[stale]
-        _plans[key] = (tuple(StorageWeakRef(x.untyped_storage()) for x in rows), plan)
+        refs = tuple(StorageWeakRef(x.untyped_storage()) for x in rows)  # type: ignore[no-untyped-call]
+        _plans[key] = (refs, plan)
         if len(_plans) > CACHED_PLANS:
             _plans.popitem(last=False)
     return plan
