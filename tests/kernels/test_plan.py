@@ -5,12 +5,14 @@ import gc
 import pytest
 import torch
 
-from tests.support.attention_inputs import TrieShape, build, chain, comb, every_offset, random_forest, small_tries
+from tests.support.attention_inputs import Node, TrieShape, build, chain, comb, every_offset, random_forest, small_tries
 from tw_core.masks import dense_mask
 from tw_kernels.trie_attention import plan as plan_module
 from tw_kernels.trie_attention.plan import BlockPlan, cached_plan, make_plan
 
-TRIES = [*small_tries(), every_offset(), chain(128), random_forest(3, 300), comb(30, 2, 5)]
+# A long branch that ends at each row about the end of a block: the last rows decide whether a tile is full.
+SEAMS = [build(f"seam{length}", [Node(length), Node(30)]) for length in range(45, 51)]
+TRIES = [*small_tries(), every_offset(), chain(128), random_forest(3, 300), comb(30, 2, 5), *SEAMS]
 WINDOWS = [None, 1, 7, 40]
 
 
