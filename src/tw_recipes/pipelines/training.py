@@ -80,8 +80,9 @@ def train(
         "max_steps": steps,
         "per_device_train_batch_size": BATCH,
         "learning_rate": 1.0,  # unused: the optimizer brings its own two, which the schedule scales
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
+        # Constant, then linear over the second half: a cosine freezes a run that leaves a plateau late.
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": steps // 2, "decay_type": "linear", "min_lr_ratio": 0.02},
         "warmup_steps": min(50, steps // 8),
         "max_grad_norm": 1.0,
         "train_sampling_strategy": "sequential",  # the rows are random already

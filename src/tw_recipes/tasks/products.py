@@ -1,12 +1,12 @@
 r"""The sum of products: a word problem whose answer needs four independent products and then their sum.
 
-    prompt       42 boxes of 99 eggs, 77 boxes of 54 keys, 97 boxes of 38 hats, 98 boxes of 64 nuts: how many?
-    work         1: 42*99                  one product: 24 times 99
+    prompt       1w41x2 boxes of 1y91z9 eggs, 2w72x7 boxes of 2y52z4 keys, …: how many?
+    work         1: 1w41x2*1y91z9          one product: 24 times 99, each digit after a label (product, place)
                  4*9=6300>6300             a digit product a line: shifted to its place > running total
                  4*9=0630>6930
                  2*9=0810>6750
                  2*9=0081>6732
-                 =1a61b71c31d2             the result, each digit after a label (product, place), which is one token
+                 =1a61b71c31d2             the result, labelled likewise
     sum          1a6602a5113a7814a4225a2   a column addition, a line a place: label, copied digit, running sum;
                  …                         at the end the sum's own digit, with a label
                  5a25b95c45d61             the digits of the sum, read off the columns by their labels
@@ -16,7 +16,8 @@ Digits are written from the lowest place up, so that carries run with the text; 
 fork/join solution have the same lines in the same order; fork/join adds the tags and the outlines. Every text of one
 style has the same number of tokens.
 
-The labels make copying into the sum a look-up: without them a tiny model learns the products and then fails to copy.
+Each label (1w, 1a, …) is one token and makes copying what follows it a look-up: without labels a tiny model learns the
+products and then fails to copy, factors as well as results.
 
 Tests: tests/recipes/tasks/test_products.py.
 """
@@ -114,6 +115,7 @@ class SumOfProducts:
     def tokenizer(self) -> Any:
         """One token a digit, label, word and tag."""
         labels = [f"{term}{place}" for term in (1, 2, 3, 4, _SUM) for place in _PLACES]
+        labels += [f"{term + 1}{factor}" for term in range(4) for factor in "wxyz"]
         words = [" boxes of ", *(f" {noun}" for noun in NOUNS), ", ", ": how many?"]
         return build_tokenizer([*labels, *words, *"0123456789", *"*=> :.{}", "\n", "\\boxed"])
 
@@ -160,18 +162,20 @@ def _prompt(factors: np.ndarray, nouns: np.ndarray) -> list[_Piece]:
     for term in range(factors.shape[1]):
         left, right = factors[:, term].T
         pieces += [", "] if term else []
-        pieces += [_digits(left, 2), " boxes of ", _digits(right, 2), " ", names[nouns[:, term]]]
+        pieces += [*_factor(left, term, "wx"), " boxes of ", *_factor(right, term, "yz"), " ", names[nouns[:, term]]]
     return [*pieces, ": how many?\n"]
 
 
-def _product(factors: np.ndarray, term: int) -> list[_Piece]:
-    return [_digits(factors[:, term, 0], 2), "*", _digits(factors[:, term, 1], 2)]
+def _factor(values: np.ndarray, term: int, places: str) -> list[_Piece]:
+    """The two digits of a factor, each after its label."""
+    digits = _digits(values, 2)
+    return [piece for p, place in enumerate(places) for piece in (f"{term + 1}{place}", digits[:, p : p + 1])]
 
 
 def _work(factors: np.ndarray, term: int) -> list[_Piece]:
     """The worked digits of one product and its labelled result line."""
     left, right = factors[:, term].T
-    pieces: list[_Piece] = [" ", *_product(factors, term), "\n"]
+    pieces: list[_Piece] = [" ", *_factor(left, term, "wx"), "*", *_factor(right, term, "yz"), "\n"]
     running = np.zeros_like(left)
     for i in range(2):
         for j in range(2):
@@ -209,7 +213,7 @@ def _solution(factors: np.ndarray, style: Style) -> list[_Piece]:
         return ["<think>\n", *(piece for t in terms for piece in [f"{t + 1}:", *_work(factors, t)]), *_sum(factors)]
     pieces: list[_Piece] = ["<think>\n<Parallel>\n<Outlines>\n"]
     for t in terms:
-        pieces += [f"<Outline>{t + 1}: ", *_product(factors, t), "</Outline>\n"]
+        pieces += [f"<Outline>{t + 1}: {t + 1}w*{t + 1}y</Outline>\n"]
     pieces += ["</Outlines>\n"]
     for t in terms:
         pieces += [f"<Thread>\n{t + 1}:", *_work(factors, t), "</Thread>"]

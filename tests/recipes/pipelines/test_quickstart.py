@@ -49,9 +49,9 @@ def test_results_have_the_promised_fields(run: Path) -> None:
     stages = {"data", "train_start", "train_sequential", "train_forkjoin", "decode_sequential", "decode_forkjoin"}
     assert stages <= set(meta["seconds"])
     assert meta["versions"]["torch"] == torch.__version__
-    # 16 problems of the common start and 8 more; 29 + 399 + 1 tokens a sequence.
-    assert results["sequential"]["training"]["tokens_trained"] == 24 * 400
-    assert results["sequential"]["training"]["tokens_computed"] == 24 * 429
+    # 16 problems of the common start and 8 more; 45 + 415 + 1 tokens a sequence.
+    assert results["sequential"]["training"]["tokens_trained"] == 24 * 416
+    assert results["sequential"]["training"]["tokens_computed"] == 24 * 461
     assert results["forkjoin"]["training"]["tokens_computed"] > results["sequential"]["training"]["tokens_computed"]
 
 
