@@ -165,6 +165,7 @@ RUNS: dict[str, Callable[[Inputs], Run]] = {
     "flex_dense_mask": flex_dense_mask,
     "expanded_sdpa": expanded_sdpa,
     "dense": packed("dense"),
+    "reference": packed("reference"),
 }
 
 

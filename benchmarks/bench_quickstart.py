@@ -51,7 +51,12 @@ def records(results: dict[str, Any], case: str) -> list[dict[str, Any]]:
         for metric in metrics
     ]
     total = sum(results["meta"]["seconds"].values())
-    return [*found, {"case": case, "impl": "both", "metric": "total_seconds", "value": total, "unit": "s"}]
+    threads = results["meta"]["threads"]
+    return [
+        *found,
+        {"case": case, "impl": "both", "metric": "total_seconds", "value": total, "unit": "s"},
+        {"case": case, "impl": "both", "metric": "threads", "value": threads, "unit": "threads"},
+    ]
 
 
 def mean(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_trie_attention                     the tables' tries on the GPU, about four minutes
     python -m benchmarks.bench_trie_attention --cases sft_32k --impls triton,flex --rounds 20
-    python -m benchmarks.bench_trie_attention --tiny              the same code on a CPU at toy sizes (its test)
+    python -m benchmarks.bench_trie_attention --cpu               small tries on the CPU
 
 One process; all implementations of a case are prepared, warmed up and judged against exact values, then timed in
 interleaved rounds with device events; medians are reported. A failing implementation is reported with its error and the
@@ -43,6 +43,8 @@ CASES = [
     *("chain_16k", "sft_32k", "grpo_linear_33k", "grpo_forkjoin_59k"),
     *("sft_3k", "short_64x1k", "chain_8k", "sft_64k", "chain_128k"),
 ]
+CPU_CASES = ["tiny", "sft_800", "sft_3k"]
+CPU_IMPLS = ["dense", "varlen", "reference", "expanded_sdpa"]
 IMPLS = ["triton", "triton_deterministic", "flex", "varlen", "expanded_flash", "expanded_cudnn", "flex_dense_mask"]
 PLANNED = ("triton", "flex", "varlen")
 # What is not worth its time or does not fit: (N, N) masks of long tries, the gathered copies of varlen at 128k.
@@ -234,7 +236,7 @@ def bench_first_calls(bench: Bench) -> None:
         with bench.guard("first_call", impl, "fresh process"), tempfile.TemporaryDirectory() as cache:
             caches = {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
             command = [sys.executable, "-m", "benchmarks.bench_trie_attention", "--first-call", impl]
-            command += ["--tiny"] * bench.args.tiny
+            command += ["--cpu"] * bench.args.cpu
             done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, timeout=150)
             if done.returncode:
                 raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -312,22 +314,22 @@ def main() -> int:
         "--out", default="", help="results file; default: benchmarks/results/trie_attention-<device>.json"
     )
     parser.add_argument("--all", action="store_true", help="also what SKIPPED leaves out")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU, no file unless --out is given")
+    parser.add_argument("--cpu", action="store_true", help="small tries on the CPU, float32, fewer heads")
     parser.add_argument("--no-first-call", action="store_true", help="leave out the fresh processes")
     parser.add_argument("--first-call", default="", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="print whole tracebacks")
     args = parser.parse_args()
-    if not args.tiny and not torch.cuda.is_available():
-        parser.error("no CUDA device was found; use --tiny for the toy run on a CPU")
-    device = "cpu" if args.tiny else "cuda"
-    heads, dtype = ((4, 2, 16), torch.float32) if args.tiny else ((32, 8, 128), torch.bfloat16)
+    if not args.cpu and not torch.cuda.is_available():
+        parser.error("no CUDA device was found; use --cpu for small tries on the CPU")
+    device = "cpu" if args.cpu else "cuda"
+    heads, dtype = ((8, 4, 64), torch.float32) if args.cpu else ((32, 8, 128), torch.bfloat16)
     if args.first_call:
-        print(first_call(args.first_call, device, heads, dtype, "tiny" if args.tiny else "sft_32k"))
+        print(first_call(args.first_call, device, heads, dtype, "tiny" if args.cpu else "sft_32k"))
         return 0
-    args.impls = args.impls.split(",") if args.impls else IMPLS
-    cases = args.cases.split(",") if args.cases else ["tiny"] if args.tiny else CASES
-    if not args.tiny and not args.out:
-        name = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
+    args.impls = args.impls.split(",") if args.impls else CPU_IMPLS if args.cpu else IMPLS
+    cases = args.cases.split(",") if args.cases else CPU_CASES if args.cpu else CASES
+    if not args.out:
+        name = "cpu" if args.cpu else torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
         args.out = f"benchmarks/results/trie_attention-{name}.json"
     bench = Bench(args, device)
     started = time.perf_counter()
@@ -339,7 +341,7 @@ def main() -> int:
         print(f"{case} done after {time.perf_counter() - started:.0f} s", flush=True)
     for impl in [impl for impl in ("triton", "flex") if impl in args.impls]:
         with bench.guard("new_length", impl, "new lengths"):
-            bench_new_lengths(bench, impl, heads, dtype, 40 if args.tiny else 3000)
+            bench_new_lengths(bench, impl, heads, dtype, 40 if args.cpu else 3000)
     if not args.no_first_call:
         bench_first_calls(bench)
     add_ratios(bench)
