@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from tests.support.attention_inputs import TrieShape
 from torch import Tensor
-from tw_kernels.trie_attention.plan import make_plan
 
 from tw_core.masks import block_mask, dense_mask
 from tw_kernels import trie_attention
 from tw_kernels.trie_attention import varlen
+from tw_kernels.trie_attention.plan import make_plan
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ A table stands between two comments; the first says how it is made:
     ...generated...
     <!-- /table -->
 
-`rows` and `cols` name record fields (case, impl, metric); `metric`, `case`, `impl` keep the records with that value (or one of
-several, separated by commas, in that order); `digits` rounds. A missing results file or an empty table is an error.
+`rows` and `cols` name record fields (case, impl, metric); `metric`, `case`, `impl` keep the records with that value (or
+one of several, separated by commas, in that order); `digits` rounds. A missing results file or an empty table is an
+error.
 
     python tools/tables.py          exits 1 and names every stale table
     python tools/tables.py --fix    rewrites them
@@ -34,7 +35,7 @@ def render_table(spec: str, results: Path) -> str:
     rows, cols, digits = options.pop("rows", "case"), options.pop("cols", "impl"), int(options.pop("digits", 2))
     keep = {field: value.split(",") for field, value in options.items()}
     if unknown := set(keep) - set(FIELDS) or {rows, cols} - set(FIELDS):
-        raise ValueError(f"table {spec!r}: unknown words {sorted(unknown)}; use rows, cols, digits, {', '.join(FIELDS)}")
+        raise ValueError(f"{spec!r} has unknown words {sorted(unknown)}; use rows, cols, digits, {', '.join(FIELDS)}")
     cells = {}
     for record in records:
         if all(record[field] in values for field, values in keep.items()):

@@ -26,7 +26,7 @@ def encode_units(text: str, tokenizer: Any, prompt: str = "", *, tag_ids: TagIds
 
     Args:
         text: The response, well-formed; numbering as inference accepts it.
-        tokenizer: Anything with `encode(text, add_special_tokens=False)`; see `TagIds.from_tokenizer`.
+        tokenizer: As for `TagIds.from_tokenizer`; hashable and with a length where `tag_ids` is not given.
         prompt: Text before it, for example a rendered chat template; tags in it are text.
         tag_ids: `TagIds.from_tokenizer(tokenizer)` if at hand; it is remembered per tokenizer otherwise.
     Returns:

@@ -150,14 +150,17 @@ class TagIds:
                 It is kept, to encode headers as they are met.
         Raises:
             GrammarError: A tag is not one token; the message shows the pieces. The conclusion pair is
-                optional and becomes None when either of the two is not one token.
+                optional and becomes None when either of the two is not one token. Or "1:" cannot be
+                written in ids that read back as 1.
         """
         encode = _Encoder(tokenizer)
         ids = [_single_token(tokenizer, encode, tag, optional=tag in TAGS[CONCLUSION:]) for tag in TAGS]
         if ids[8] is None or ids[9] is None:
             ids[8] = ids[9] = None
         texts = _label_texts(tokenizer)
-        return cls(**_fields(ids), newline=encode("\n"), colon=encode(":"), _encode=encode, _texts=texts)
+        tags = cls(**_fields(ids), newline=encode("\n"), colon=encode(":"), _encode=encode, _texts=texts)
+        tags.label("1")
+        return tags
 
     @property
     def ids(self) -> tuple[int | None, ...]:
@@ -198,7 +201,7 @@ class TagIds:
         if number not in self._labels:
             if not NUMBER.fullmatch(number):
                 raise GrammarError(f"number must match [0-9]+(.[0-9]+)*, got {number!r}; use the outline's own number")
-            self._labels[number] = self._encode(f"\n{number}:") if self._encode else self._compose(number)
+            self._labels[number] = self._encoded(number) if self._encode else self._compose(number)
         return self._labels[number]
 
     def read_number(self, ids: Sequence[int]) -> str | None:
@@ -249,6 +252,17 @@ class TagIds:
             head = head[len(newline) :]
         ends = (at for at in range(len(head)) if head[at : at + len(colon)] == colon)
         return head[: next(ends, 0)]
+
+    def _encoded(self, number: str) -> Ids:
+        assert self._encode is not None
+        ids = self._encode(f"\n{number}:")
+        if self.read_number(ids) != number:
+            pieces = [self._texts.get(token, f"id {token}") for token in ids]
+            raise GrammarError(
+                f"the tokenizer must write {f'{chr(10)}{number}:'!r} in ids that read back as {number}, got {pieces}; "
+                'add the digits, "." and ":" to its vocabulary'
+            )
+        return ids
 
     def _compose(self, number: str) -> Ids:
         newline, colon = self._need(self.newline, "newline"), self._need(self.colon, "colon")

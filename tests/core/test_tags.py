@@ -128,3 +128,16 @@ def test_an_unknown_token_is_not_a_tag() -> None:
 
     with pytest.raises(GrammarError, match=r"<Parallel> must be one token of the tokenizer, got 1 \['<unk>'\]"):
         TagIds.from_tokenizer(Unknown())
+
+
+def test_a_tokenizer_that_cannot_write_numbers_is_refused() -> None:
+    """Else no outline would ever be read as numbered, and decoding would silently never fork."""
+
+    class NoDigits(CharTokenizer):
+        def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+            return [99 if 148 <= token <= 157 else token for token in super().encode(text)]
+
+    with pytest.raises(
+        GrammarError, match=r"must write '\\n1:' in ids that read back as 1, got \['\\n', 'id 99', ':'\]"
+    ):
+        TagIds.from_tokenizer(NoDigits())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.attention_inputs import random_forest, small_tries
+from tests.support.attention_inputs import TrieShape, comb, random_forest, small_tries, star
 from tests.support.tolerances import Case, make_problem
 from tw_core.errors import ShapeError, TrieError
 from tw_kernels import AttentionCall, AttentionOutput, available_impls, choose_impl, trie_attention
@@ -202,6 +202,17 @@ def test_auto_on_a_cpu_takes_the_first_that_can(options: dict, name: str) -> Non
         assert "dense: s" in choice.reason  # says what it passed over and why
     out = trie_attention(q, k, v, TRIE.subtree_end, **options)
     assert torch.equal(out, trie_attention(q, k, v, TRIE.subtree_end, impl=name, **options))
+
+
+def test_auto_on_a_cpu_takes_long_segments_one_by_one() -> None:
+    def pick(trie: TrieShape, **options: object) -> str:
+        x = torch.zeros(trie.num_rows, 1, 16)
+        return choose_impl(AttentionCall.build(x, x, x, trie.subtree_end, **options)).name
+
+    assert pick(star(1024, [400, 400])) == "varlen"
+    assert pick(star(800, [100, 100])) == "dense"  # few rows
+    assert pick(comb(200, 4, 4)) == "dense"  # 401 short segments
+    assert pick(star(1024, [400, 400]), softcap=1.0) == "reference"
 
 
 @pytest.mark.gpu

@@ -262,6 +262,11 @@ def sft_3k() -> TrieShape:
     return build("sft_3k", [_sft(scale=10)])
 
 
+def sft_800() -> TrieShape:
+    """The trajectory of sft_32k at a fortieth of its lengths."""
+    return build("sft_800", [_sft(scale=40)])
+
+
 def short_64x1k() -> TrieShape:
     """A batch of 64 tries of 1,024 rows: a prompt of 256 and four completions of 192."""
     return build("short_64x1k", [Node(256, [Node(192) for _ in range(4)]) for _ in range(64)])

@@ -73,7 +73,7 @@ class ForkJoinDecoder:
             raise ValueError("eos_ids must hold at least one id, got none from the engine; pass eos_ids=[...]")
         if max_calls < 1:
             raise ValueError(f"max_calls must be >= 1, got {max_calls}")
-        tag_ids.forced_block_close, tag_ids.label("1")  # noqa: B018  the glue must be known; raises and says what is not
+        tag_ids.forced_block_close, tag_ids.label("1")
         structure = set(tag_ids.ids) & set(self.eos_ids)
         if structure:
             raise ValueError(f"eos_ids must not be tags, got {sorted(structure)}; pass the model's end-of-sequence ids")
@@ -87,7 +87,8 @@ class ForkJoinDecoder:
 
         Args:
             prompt_ids: Shape (P,), P >= 1.
-            key: Names the trajectory: affinity key of its calls, part of their seeds. Defaults to a digest of the prompt.
+            key: Names the trajectory: affinity key of its calls, part of their seeds. Defaults to a digest of the
+                prompt.
             on_event: Called at every step, in the event loop; it must not block.
         Returns:
             The rollout; an engine's failure is its status, not an exception.

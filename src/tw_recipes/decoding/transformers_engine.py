@@ -19,7 +19,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from tw_recipes import _compat
