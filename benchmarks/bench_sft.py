@@ -15,9 +15,6 @@ trained tokens alone and costs both the same. sharing_efficiency = (expanded ste
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
+from benchmarks.records import device_slug, write_records
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -174,7 +171,7 @@ def run_case(name: str, case: Case, impls: dict[str, str], device: torch.device,
 
     def record(impl: str, metric: str, value: float, unit: str) -> None:
         records.append({"case": name, "impl": impl, "metric": metric, "value": round(float(value), 6), "unit": unit})
-        if metric != "loss":
+        if not metric.startswith("loss_step"):
             print(f"{name} {impl} {metric} {value:.5g} {unit}", flush=True)
 
     step_seconds = {}
@@ -195,12 +192,8 @@ def run_case(name: str, case: Case, impls: dict[str, str], device: torch.device,
             record(impl, "peak_mib", torch.cuda.max_memory_allocated() / 2**20, "MiB")
             torch.cuda.empty_cache()
         for step, loss in enumerate(losses):
-            records.append(
-                {"case": name, "impl": impl, "metric": "loss", "step": step, "value": round(loss, 6), "unit": "nats"}
-            )
-    losses = {
-        impl: np.array([r["value"] for r in records if r["metric"] == "loss" and r["impl"] == impl]) for impl in batches
-    }
+            record(impl, f"loss_step_{step:03d}", loss, "nats")
+    losses = {impl: loss_curve(records, name, impl) for impl in batches}
     speedup, flop_ratio = step_seconds["expanded"] / step_seconds["trie"], flops["expanded"] / flops["trie"]
     record("trie", "sharing_ratio", sum(t.num_expanded_tokens for t in packed) / sum(t.num_tokens for t in packed), "")
     record("trie", "flop_ratio", flop_ratio, "")
@@ -208,6 +201,12 @@ def run_case(name: str, case: Case, impls: dict[str, str], device: torch.device,
     record("trie", "sharing_efficiency", speedup / flop_ratio, "")
     record("trie", "loss_max_relative_difference", np.max(np.abs(losses["trie"] / losses["expanded"] - 1)), "")
     return records
+
+
+def loss_curve(records: list[dict], case: str, impl: str) -> np.ndarray:
+    """Loss of each step, shape (steps,)."""
+    steps = [r for r in records if r["case"] == case and r["impl"] == impl and r["metric"].startswith("loss_step")]
+    return np.array([r["value"] for r in steps])
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
@@ -220,10 +219,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(record["case"] for record in records))
     figure, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 5), squeeze=False, height_ratios=(3, 1))
     for column, name in enumerate(names):
-        curves = {
-            impl: np.array([r["value"] for r in records if (r["case"], r["impl"], r["metric"]) == (name, impl, "loss")])
-            for impl in ("trie", "expanded")
-        }
+        curves = {impl: loss_curve(records, name, impl) for impl in ("trie", "expanded")}
         for impl, style in (("expanded", "-"), ("trie", "--")):
             axes[0][column].plot(curves[impl], style, label=impl)
         axes[0][column].set(title=name, ylabel="loss (nats per token)")
@@ -233,27 +229,6 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         axes[1][column].set(xlabel="step", ylabel="difference (%)")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def meta(device: torch.device) -> dict[str, Any]:
-    """Where the figures come from."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    return {
-        "command": "python -m benchmarks.bench_sft " + " ".join(sys.argv[1:]),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "transformers": transformers.__version__,
-        "commit": commit.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "seed": 0,
-    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -272,12 +247,12 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cpu" if args.tiny else "cuda")
     impls = {"trie": args.impl or ("dense" if args.tiny else "triton"), "expanded": "varlen"}
     args.out.mkdir(parents=True, exist_ok=True)
-    label = "cpu" if args.tiny else torch.cuda.get_device_name().split()[1].lower()
+    label = device_slug(device.type)
+    command = "python -m benchmarks.bench_sft " + " ".join(sys.argv[1:] if argv is None else argv)
     records: list[dict[str, Any]] = []
     for name, case in cases.items():
         records += run_case(name, case, impls, device, args.row_budget)
-        path = args.out / f"sft-{label}.json"
-        path.write_text(json.dumps({"meta": meta(device), "records": records}, indent=1) + "\n")
+        write_records(args.out / f"sft-{label}.json", records, command=command, seed=0, device=device.type)
     plot(records, args.out / f"sft_loss-{label}.png")
     return 0
 
