@@ -11,6 +11,8 @@ _HOME = {
     "ScriptedEngine": "tw_recipes.decoding.scripted_engine",
     "TransformersEngine": "tw_recipes.decoding.transformers_engine",
     "TrieCollator": "tw_recipes.sft.collator",
+    "TrieGRPOConfig": "tw_recipes.grpo.config",
+    "TrieGRPOTrainer": "tw_recipes.grpo.trainer",
     "TrieSFTConfig": "tw_recipes.sft.config",
     "TrieSFTTrainer": "tw_recipes.sft.trainer",
     "UnsupportedModelError": "tw_recipes.support",
