@@ -11,12 +11,13 @@ Tests: tests/recipes/decoding/test_engine.py.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from tw_core.errors import ThreadWeaverError
+from tw_core._ids import as_ids
+from tw_core.errors import ThreadWeaverError, TrieError
 
 Finish = Literal["stop", "length"]
 
@@ -121,7 +122,9 @@ class Engine(Protocol):
         """Completes one context.
 
         Raises:
-            EngineError: No completion, after the engine's own retries.
+            EngineError: No completion, after the engine's own retries: this trajectory ends, others go on. (So it is
+                with any exception that is not a ValueError.)
+            ValueError: Misuse: no request like this one can ever be served. It reaches the caller of the decoder.
         """
         ...
 
@@ -131,17 +134,23 @@ class Engine(Protocol):
 
 
 def check_completion(request: Request, completion: Completion) -> Completion:
-    """Returns `completion` if it can be an answer to `request`.
+    """Returns `completion`, with `ids` as int64 and `finish` by the last id, if it can be an answer to `request`.
 
     Raises:
-        EngineError: Too many ids, a stop id that did not stop, log-probs of another length, or a stop at an id
-            that is not a stop id.
+        EngineError: Ids that are none, too many of them, a stop id that did not stop, log-probs that are no numbers
+            or not one a token, or a stop at an id that is not a stop id.
     """
-    ids, stops = completion.ids, request.stop_ids
+    stops, logprobs = request.stop_ids, completion.logprobs
+    try:
+        ids = as_ids(completion.ids, "ids")
+    except TrieError as problem:
+        raise EngineError(f"the engine gave no token ids: {problem}") from problem
     if len(ids) > request.max_tokens:
         raise EngineError(f"the engine wrote {len(ids)} tokens where max_tokens={request.max_tokens}")
-    if completion.logprobs is not None and len(completion.logprobs) != len(ids):
-        raise EngineError(f"the engine gave {len(completion.logprobs)} log-probs for {len(ids)} tokens")
+    if logprobs is not None and len(logprobs) != len(ids):
+        raise EngineError(f"the engine gave {len(logprobs)} log-probs for {len(ids)} tokens")
+    if logprobs is not None and not np.isfinite(logprobs).all():
+        raise EngineError("the engine gave log-probs that are no finite numbers")
     met = ids == stops[0] if len(stops) == 1 else np.isin(ids, stops)
     if met[:-1].any():
         place = int(met.argmax())
@@ -154,7 +163,11 @@ def check_completion(request: Request, completion: Completion) -> Completion:
             f"the engine stopped at id {int(ids[-1])}, which is none of the stop ids {list(stops)}; "
             "if it ends sequences, add it to eos_ids"
         )
-    return completion
+    # Engines name the stop at the last allowed token differently; the id says what happened.
+    finish: Finish = "stop" if len(ids) and met[-1] else "length"
+    if finish == completion.finish and ids is completion.ids:
+        return completion
+    return replace(completion, ids=ids, finish=finish)
 
 
 def stable_seed(*parts: Any) -> int:

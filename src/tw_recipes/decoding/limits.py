@@ -17,9 +17,11 @@ class Limits:
             bounds it too. Closers that finish a cut response come on top.
         max_thread_tokens: Tokens of one thread, its nested blocks included.
         max_blocks: Blocks one after another in one stream (the response, or one thread). After the last one
-            the stream goes on without forking: </Outlines> no longer stops a call. 0: never fork.
+            the stream goes on without forking: </Outlines> no longer stops a call, and each fork that the model
+            would have made counts as a hit. 0: never fork.
         max_threads: Threads of one block; further outlines get no thread.
-        max_depth: Nesting. 0: never fork; 1: the paper's flat format; n: threads fork down to level n.
+        max_depth: Nesting. 0: never fork; 1: the paper's flat format; n: threads fork down to level n. Hits are
+            counted as for `max_blocks`.
         max_seconds: Wall-clock time of a trajectory, None for no bound; what is in flight then is dropped.
     """
 
@@ -49,5 +51,5 @@ class Limits:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """The names that can stand in `Rollout.limits_hit`."""
-        return tuple(field.name for field in fields(cls))
+        """The names that can stand in `Rollout.limits_hit`: the fields, and the engine's "max_context"."""
+        return (*(field.name for field in fields(cls)), "max_context")
