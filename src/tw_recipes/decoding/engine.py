@@ -10,7 +10,7 @@ Tests: tests/recipes/decoding/test_engine.py.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -151,7 +151,7 @@ def check_completion(request: Request, completion: Completion) -> Completion:
         raise EngineError(f"the engine gave {len(logprobs)} log-probs for {len(ids)} tokens")
     if logprobs is not None and not np.isfinite(logprobs).all():
         raise EngineError("the engine gave log-probs that are no finite numbers")
-    met = ids == stops[0] if len(stops) == 1 else np.isin(ids, stops)
+    met = is_any(ids, stops)
     if met[:-1].any():
         place = int(met.argmax())
         raise EngineError(
@@ -168,6 +168,14 @@ def check_completion(request: Request, completion: Completion) -> Completion:
     if finish == completion.finish and ids is completion.ids:
         return completion
     return replace(completion, ids=ids, finish=finish)
+
+
+def is_any(ids: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
+    """Which of `ids` are one of a few wanted ids. Shape of `ids`, bool. (For a few, np.isin is five times slower.)"""
+    met = np.zeros(ids.shape, dtype=bool)
+    for token in wanted:
+        met |= ids == token
+    return met
 
 
 def stable_seed(*parts: Any) -> int:

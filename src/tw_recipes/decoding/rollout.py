@@ -6,7 +6,7 @@ Units hold what the engine saw and wrote, including an end-of-sequence id that e
 hold what the next call saw: such an id replaced by the forced closer. So the units of a rollout are the truth
 for training and `extract_units(rollout.ids)` equals them whenever nothing was forced.
 
-Tests: tests/recipes/decoding/test_decoder.py, test_random_engines.py.
+Tests: tests/recipes/decoding/test_decoder.py, test_decoder_properties.py.
 """
 
 from collections.abc import Mapping
@@ -81,7 +81,7 @@ class Event:
     numbers: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rollout:
     """One decoded trajectory. Always there, always closed, whatever happened.
 
@@ -103,10 +103,17 @@ class Rollout:
     calls: tuple[Call, ...]
     status: Status
     reason: str
-    tag_ids: TagIds = field(repr=False)
+    tag_ids: TagIds
     limits_hit: Mapping[str, int] = field(default_factory=dict)
     forced: int = 0
     seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        """One line: asyncio writes a task's result into messages, and arrays of ids are long."""
+        return (
+            f"Rollout(key={self.key!r}, status={self.status!r}, reason={self.reason!r}, "
+            f"response_tokens={len(self.ids) - self.prompt_length}, calls={len(self.calls)}, forced={self.forced})"
+        )
 
     @property
     def ok(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tw_recipes.decoding.engine import Completion, Request
+from tw_recipes.decoding.engine import Completion, Request, is_any
 
 Line = Sequence[int] | np.ndarray | Completion | Exception
 
@@ -64,7 +64,7 @@ class ScriptedEngine:
         return line
 
     def _cut(self, ids: np.ndarray, request: Request) -> Completion:
-        stops = np.flatnonzero(np.isin(ids, request.stop_ids))
+        stops = np.flatnonzero(is_any(ids, request.stop_ids))
         end = min(int(stops[0]) + 1 if len(stops) else len(ids), request.max_tokens)
         ids = ids[:end]
         stopped = bool(len(ids)) and bool(len(stops)) and int(stops[0]) < end
