@@ -23,9 +23,11 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "tw_recipes.evaluation.command", "accuracy, token latency and speedup on a data set, with a report"
     ),
+    "inspect": Command("tw_recipes.viewer.inspect", "what a file of trajectories holds: format, lengths, tries"),
     "quickstart": Command("tw_recipes.pipelines.quickstart", "make data, train both models, decode, compare (CPU)"),
     "rollout": Command("tw_recipes.rollout_command", "decode a file of prompts into a file of trajectories, resumable"),
     "sft": Command("tw_recipes.sft.command", "fine-tune a model on fork/join trajectories, packed as tries"),
+    "view": Command("tw_recipes.viewer.view", "trajectories as a self-contained HTML page, threads side by side"),
 }
 
 

@@ -79,25 +79,44 @@ def read_rows(
         RowReadError: A row is bad and `skip_bad` is off, or no row is good.
         ValueError: The file has another suffix.
     """
+    skipped: list[BadRow] = []
+    rows = list(iter_rows(path, columns, skipped=skipped if skip_bad else None, check=check))
+    if not rows:
+        bad = skipped[0] if skipped else BadRow(str(path), 1, "", "expected at least one row, the file is empty")
+        raise RowReadError(bad)
+    return ReadResult(rows, skipped)
+
+
+def iter_rows(
+    path: str | Path, columns: Sequence[str], *, skipped: list[BadRow] | None = None, check: Check | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a data set file one at a time, each checked: for files that need not fit into memory.
+
+    Args:
+        path: As for `read_rows`, like `columns` and `check`.
+        columns: Columns that every row must have, as non-empty strings.
+        skipped: Where bad rows are listed while the good ones go on; None stops at the first.
+        check: A further check of each row.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        RowReadError: A row is bad and `skipped` is None.
+        ValueError: The file has another suffix.
+    """
     path = Path(path)
     if path.suffix not in _READERS:
         raise ValueError(f"path must end in {' or '.join(_READERS)}, got {path}; convert the file")
     if not path.is_file():
         raise FileNotFoundError(f"data set file {path} does not exist; check the path")
-    rows: list[dict[str, Any]] = []
-    skipped: list[BadRow] = []
     for line, row in _READERS[path.suffix](path):
         problem = row if isinstance(row, _Unreadable) else _problem(row, columns, check)
         if problem is None:
-            rows.append(row)
+            yield row
             continue
-        skipped.append(BadRow(str(path), line, *problem))
-        if not skip_bad:
-            raise RowReadError(skipped[-1])
-    if not rows:
-        bad = skipped[0] if skipped else BadRow(str(path), 1, "", "expected at least one row, the file is empty")
-        raise RowReadError(bad)
-    return ReadResult(rows, skipped)
+        bad = BadRow(str(path), line, *problem)
+        if skipped is None:
+            raise RowReadError(bad)
+        skipped.append(bad)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:

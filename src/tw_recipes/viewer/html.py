@@ -1,7 +1,7 @@
 """Fork/join text as HTML lanes: sequential text runs down the page, threads of a block stand side by side.
 
 No script and nothing from the network: one string, safe to mail. Everything from a model is escaped.
-Guarded by tests/recipes/test_viewer.py.
+Guarded by tests/recipes/viewer/test_html.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,11 +31,25 @@ summary { cursor: pointer; } .stats { color: var(--soft); font-size: .85rem; }
 .lanes { display: flex; gap: .6rem; align-items: stretch; overflow-x: auto; }
 .lane { flex: 1 1 0; min-width: 11rem; background: var(--lane); border-radius: 6px; padding: .5rem .7rem; }
 .lane > b { color: var(--fork); } .plan { color: var(--soft); font-size: .85rem; }
+pre { font: 12px/1.35 ui-monospace, monospace; overflow-x: auto; color: var(--soft); }
+.prompt { border-left: 3px solid var(--line); padding-left: .7rem; color: var(--soft); }
+.problems { color: #c4572b; margin: .4rem 0; padding-left: 1.2rem; }
+.calls { width: 100%; max-width: 56rem; display: block; font: 11px ui-monospace, monospace; }
+.calls text { fill: var(--soft); } .calls .run { fill: var(--fork); } .calls .wait { fill: var(--line); }
 .open { outline: 2px dashed #c4572b; } .right { color: #1f8a4c; } .wrong { color: #c0392b; }
 """
 
 
-def trajectory_html(text: str, *, title: str = "", stats: Mapping[str, Any] | None = None, opened: bool = False) -> str:
+def trajectory_html(
+    text: str,
+    *,
+    title: str = "",
+    stats: Mapping[str, Any] | None = None,
+    opened: bool = False,
+    prompt: str = "",
+    problems: Sequence[str] = (),
+    below: str = "",
+) -> str:
     """One response as a foldable fragment of HTML.
 
     Args:
@@ -43,13 +57,18 @@ def trajectory_html(text: str, *, title: str = "", stats: Mapping[str, Any] | No
         title: Heading, plain text.
         stats: Shown below the heading as "name value".
         opened: Whether the fragment starts unfolded.
+        prompt: Shown above the response, plain text.
+        problems: Listed above the response, plain text.
+        below: HTML that follows the response.
     Returns:
         A <details> element; `page` puts it into a document with its style.
     """
     facts = " · ".join(f"{escape(str(name))} {escape(_number(value))}" for name, value in (stats or {}).items())
+    asked = f'<div class="seq prompt">{escape(prompt.strip(chr(10)))}</div>' if prompt.strip() else ""
+    found = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
     return (
         f"<details{' open' if opened else ''}><summary>{escape(title)} <span class=stats>{facts}</span></summary>"
-        f"{_items(parse(text), 0)}</details>"
+        f"{asked}{f'<ul class=problems>{found}</ul>' if found else ''}{_items(parse(text), 0)}{below}</details>"
     )
 
 

@@ -71,3 +71,10 @@ def _threads(element):
         for thread in block.threads:
             yield thread
             yield from _threads(thread)
+
+
+def test_prompt_and_problems_stand_above_the_response():
+    html = trajectory_html("plain", prompt="what is <b>?", problems=["character 3: <Thread>"], below="<p>below</p>")
+    found = read(html)
+    assert found.text.index("what is <b>?") < found.text.index("character 3: <Thread>") < found.text.index("plain")
+    assert html.endswith("<p>below</p></details>")
