@@ -8,6 +8,7 @@ from typing import Any
 
 _HOME = {
     "ForkJoinDecoder": "tw_recipes.decoding.decoder",
+    "OpenAIEngine": "tw_recipes.decoding.openai_engine",
     "ScriptedEngine": "tw_recipes.decoding.scripted_engine",
     "TransformersEngine": "tw_recipes.decoding.transformers_engine",
     "TrieCollator": "tw_recipes.sft.collator",

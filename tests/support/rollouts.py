@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from tests.support.models import tiny_model
 from tests.support.sft import byte_tokenizer
-from tw_core import encode_units
+from tw_core import TAGS, encode_units
 from tw_recipes.decoding.engine import Request
 from tw_recipes.decoding.scripted_engine import ScriptedEngine
 from tw_recipes.tokens import add_tag_tokens
@@ -16,6 +18,13 @@ FORKED = (
     "Plan.\n<Parallel>\n<Outlines>\n<Outline>1: left</Outline>\n<Outline>2: right</Outline>\n</Outlines>\n"
     "<Thread>\n1: two by two is four, and so on\n</Thread><Thread>\n2: three\n</Thread>\n</Parallel>\nSo \\boxed{7}."
 )
+
+
+def tagged_tokenizer() -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with the tags: 270 tokens."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in TAGS], special_tokens=True)
+    return tokenizer
 
 
 def model_folder(path: Path) -> Path:

@@ -15,6 +15,7 @@ _HOME = {
     "Event": "rollout",
     "ForkJoinDecoder": "decoder",
     "Limits": "limits",
+    "OpenAIEngine": "openai_engine",
     "Request": "engine",
     "Rollout": "rollout",
     "Sampling": "engine",
