@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {
     "quickstart": Command("tw_recipes.pipelines.quickstart", "make data, train both models, decode, compare (CPU)"),
     "rollout": Command("tw_recipes.rollout_command", "decode a file of prompts into a file of trajectories, resumable"),
     "sft": Command("tw_recipes.sft.command", "fine-tune a model on fork/join trajectories, packed as tries"),
+    "tasks": Command("tw_recipes.tasks.export", "problems with solutions of a synthetic task as data set files"),
     "view": Command("tw_recipes.viewer.view", "trajectories as a self-contained HTML page, threads side by side"),
 }
 

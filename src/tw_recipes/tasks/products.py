@@ -23,20 +23,18 @@ Tests: tests/recipes/tasks/test_products.py.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from tw_recipes.evaluation.grading import ExactGrader
+from tw_recipes.tasks.splits import Split, Style, check_rows, is_test, stream
+from tw_recipes.tasks.text import Piece, digits, fork, strings
 from tw_recipes.tasks.tokenizer import build_tokenizer
-
-Style = Literal["sequential", "forkjoin"]
-Split = Literal["train", "test"]
 
 NOUNS = ("pens", "cups", "nuts", "maps", "hats", "keys", "eggs", "jars")
 _PLACES = "abcd"
 _SUM = 5  # the "term" of the sum in labels
-_TEST_SHARE = 16  # one problem in so many belongs to the test split
 
 
 @dataclass(frozen=True)
@@ -68,22 +66,25 @@ class SumOfProducts:
         Raises:
             ValueError: `count` or `split` is not possible.
         """
-        if split not in get_args(Split):
-            raise ValueError(f'split must be "train" or "test", got {split!r}')
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
-        rng = np.random.default_rng([seed, get_args(Split).index(split), self.terms])
+        rng = stream(count, seed=seed, split=split, salt=self.terms)
         weights = 100 ** np.arange(2 * self.terms, dtype=np.uint64)
         keys = np.empty(0, dtype=np.uint64)
         while len(keys) < count:
             drawn = (rng.integers(0, 100, (2 * count + 64, 2 * self.terms)).astype(np.uint64) * weights).sum(axis=1)
-            keys = np.concatenate([keys, drawn[_is_test(drawn) == (split == "test")]])
+            keys = np.concatenate([keys, drawn[is_test(drawn) == (split == "test")]])
             keys = keys[np.sort(np.unique(keys, return_index=True)[1])]
         factors = keys[:count, None] // weights % np.uint64(100)
         return factors.astype(np.int64).reshape(count, self.terms, 2)
 
     def rows(
-        self, count: int, *, seed: int, split: Split = "train", style: Style = "forkjoin", offset: int = 0
+        self,
+        count: int,
+        *,
+        seed: int,
+        split: Split = "train",
+        style: Style = "forkjoin",
+        offset: int = 0,
+        plain: bool = False,
     ) -> list[dict[str, str]]:
         """Data set rows: the problems with one style of solution.
 
@@ -93,128 +94,134 @@ class SumOfProducts:
             split: As in `problems`.
             style: "sequential" or "forkjoin"; the problems and their answers do not depend on it.
             offset: Leave out that many problems at the head of the stream.
+            plain: Ordinary notation and words, for the tokenizer of a real model.
 
         Returns:
-            Rows {"prompt", "text", "answer"}.
+            Rows {"prompt", "text", "answer", "difficulty"}; the difficulty is the number of products.
         """
-        if style not in get_args(Style):
-            raise ValueError(f'style must be "sequential" or "forkjoin", got {style!r}')
-        if offset < 0:
-            raise ValueError(f"offset must be at least 0, got {offset}")
+        check_rows(style, offset)
         factors = self.problems(offset + count, seed=seed, split=split)[offset:]
         nouns = np.random.default_rng(seed).integers(0, len(NOUNS), (offset + count, self.terms))[offset:]
+        if plain:
+            return [plain_row(*pair, style) for pair in zip(factors.tolist(), nouns.tolist(), strict=True)]
         total = factors.prod(axis=2).sum(axis=1)
-        texts = _strings(_solution(factors, style))
+        texts = strings(solution(factors, style))
         return [
-            {"prompt": prompt, "text": text, "answer": answer}
+            {"prompt": prompt, "text": text, "answer": answer, "difficulty": str(self.terms)}
             for prompt, text, answer in zip(
-                _strings(_prompt(factors, nouns)), texts, _strings(_digits(total, 5)), strict=True
+                strings(question(factors, nouns)), texts, strings([digits(total, 5)]), strict=True
             )
         ]
 
     def tokenizer(self) -> Any:
         """One token a digit, label, word and tag."""
-        labels = [f"{term}{place}" for term in (1, 2, 3, 4, _SUM) for place in _PLACES]
-        labels += [f"{term + 1}{factor}" for term in range(4) for factor in "wxyz"]
-        words = [" boxes of ", *(f" {noun}" for noun in NOUNS), ", ", ": how many?"]
-        return build_tokenizer([*labels, *words, *"0123456789", *"*=> :.{}", "\n", "\\boxed"])
+        return build_tokenizer(vocabulary())
 
     def grader(self) -> ExactGrader:
         """Compares the boxed answer after `</think>` with the row's answer; it never sees the prompt."""
         return ExactGrader()
 
 
-def _is_test(keys: np.ndarray) -> np.ndarray:
-    """Which problems belong to the test split: a hash of the factors (splitmix64's mixing), so no digit tells."""
-    mixed = keys + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (mixed ^ (mixed >> np.uint64(31))) % np.uint64(_TEST_SHARE) == 0
+def vocabulary() -> list[str]:
+    """Every piece of the labelled texts."""
+    labels = [f"{term}{place}" for term in (1, 2, 3, 4, _SUM) for place in _PLACES]
+    labels += [f"{term + 1}{factor}" for term in range(4) for factor in "wxyz"]
+    words = [" boxes of ", *(f" {noun}" for noun in NOUNS), ", ", ": how many?"]
+    return [*labels, *words, *"0123456789", *"*=> :.{}", "\n", "\\boxed"]
 
 
-# Texts of many rows at once: a piece is a constant string or characters of shape (n, width), uint8.
-_Piece = str | np.ndarray
+def problem_keys(factors: np.ndarray) -> np.ndarray:
+    """A number for each problem, one to one. factors (n, terms, 2), 0..99 -> (n,), uint64."""
+    flat = factors.reshape(len(factors), -1).astype(np.uint64)
+    return (flat * 100 ** np.arange(flat.shape[1], dtype=np.uint64)).sum(axis=1)
 
 
-def _strings(pieces: _Piece | list[_Piece]) -> list[str]:
-    pieces = pieces if isinstance(pieces, list) else [pieces]
-    count = next(len(piece) for piece in pieces if isinstance(piece, np.ndarray))
-    table = np.concatenate(
-        [
-            np.broadcast_to(np.frombuffer(piece.encode(), np.uint8), (count, len(piece)))
-            if isinstance(piece, str)
-            else piece
-            for piece in pieces
-        ],
-        axis=1,
-    )
-    return [line.tobytes().decode("ascii") for line in table]
-
-
-def _digits(values: np.ndarray, width: int) -> np.ndarray:
-    """Digits from the lowest place up. values (n,) -> (n, width) characters."""
-    return (values[:, None] // 10 ** np.arange(width) % 10 + ord("0")).astype(np.uint8)
-
-
-def _prompt(factors: np.ndarray, nouns: np.ndarray) -> list[_Piece]:
+def question(factors: np.ndarray, nouns: np.ndarray) -> list[Piece]:
+    """The prompt. factors (n, terms, 2), nouns (n, terms)."""
     names = np.frombuffer("".join(NOUNS).encode(), np.uint8).reshape(len(NOUNS), -1)
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     for term in range(factors.shape[1]):
         left, right = factors[:, term].T
         pieces += [", "] if term else []
-        pieces += [*_factor(left, term, "wx"), " boxes of ", *_factor(right, term, "yz"), " ", names[nouns[:, term]]]
+        pieces += [
+            *labelled_factor(left, term, "wx"),
+            " boxes of ",
+            *labelled_factor(right, term, "yz"),
+            " ",
+            names[nouns[:, term]],
+        ]
     return [*pieces, ": how many?\n"]
 
 
-def _factor(values: np.ndarray, term: int, places: str) -> list[_Piece]:
+def labelled_factor(values: np.ndarray, term: int, places: str) -> list[Piece]:
     """The two digits of a factor, each after its label."""
-    digits = _digits(values, 2)
-    return [piece for p, place in enumerate(places) for piece in (f"{term + 1}{place}", digits[:, p : p + 1])]
+    both = digits(values, 2)
+    return [piece for p, place in enumerate(places) for piece in (f"{term + 1}{place}", both[:, p : p + 1])]
 
 
-def _work(factors: np.ndarray, term: int) -> list[_Piece]:
+def work(factors: np.ndarray, term: int) -> list[Piece]:
     """The worked digits of one product and its labelled result line."""
     left, right = factors[:, term].T
-    pieces: list[_Piece] = [" ", *_factor(left, term, "wx"), "*", *_factor(right, term, "yz"), "\n"]
+    pieces: list[Piece] = [" ", *labelled_factor(left, term, "wx"), "*", *labelled_factor(right, term, "yz"), "\n"]
     running = np.zeros_like(left)
     for i in range(2):
         for j in range(2):
             a, b = left // 10**i % 10, right // 10**j % 10
             shifted = a * b * 10 ** (i + j)
             running = running + shifted
-            pieces += [_digits(a, 1), "*", _digits(b, 1), "=", _digits(shifted, 4), ">", _digits(running, 4), "\n"]
-    result = _digits(running, 4)
+            pieces += [digits(a, 1), "*", digits(b, 1), "=", digits(shifted, 4), ">", digits(running, 4), "\n"]
+    result = digits(running, 4)
     labelled = [piece for p in range(4) for piece in (f"{term + 1}{_PLACES[p]}", result[:, p : p + 1])]
     return [*pieces, "=", *labelled, "\n"]
 
 
-def _sum(factors: np.ndarray) -> list[_Piece]:
+def column_sum(factors: np.ndarray) -> list[Piece]:
     """The column addition of the products, a line a place, and the answer."""
     products = factors.prod(axis=2)
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     carry = np.zeros(len(factors), dtype=np.int64)
     for p, place in enumerate(_PLACES):
         running = carry
         for term in range(factors.shape[1]):
             digit = products[:, term] // 10**p % 10
             running = running + digit
-            pieces += [f"{term + 1}{place}", _digits(digit, 1), _digits(running, 2)]
+            pieces += [f"{term + 1}{place}", digits(digit, 1), digits(running, 2)]
         carry = running // 10
-        pieces += [f"{_SUM}{place}", _digits(running, 1), "\n"]
+        pieces += [f"{_SUM}{place}", digits(running, 1), "\n"]
     # The answer is read off the columns by their labels, then copied into the box at short distance.
-    total = _digits(products.sum(axis=1), 5)
+    total = digits(products.sum(axis=1), 5)
     labelled = [piece for p, place in enumerate(_PLACES) for piece in (f"{_SUM}{place}", total[:, p : p + 1])]
     return [*pieces, *labelled, total[:, 4:], "\n", "</think>\n\n\\boxed{", total, "}"]
 
 
-def _solution(factors: np.ndarray, style: Style) -> list[_Piece]:
+def solution(factors: np.ndarray, style: Style) -> list[Piece]:
+    """The whole response. factors (n, terms, 2)."""
     terms = range(factors.shape[1])
     if style == "sequential":
-        return ["<think>\n", *(piece for t in terms for piece in [f"{t + 1}:", *_work(factors, t)]), *_sum(factors)]
-    pieces: list[_Piece] = ["<think>\n<Parallel>\n<Outlines>\n"]
-    for t in terms:
-        pieces += [f"<Outline>{t + 1}: {t + 1}w*{t + 1}y</Outline>\n"]
-    pieces += ["</Outlines>\n"]
-    for t in terms:
-        pieces += [f"<Thread>\n{t + 1}:", *_work(factors, t), "</Thread>"]
-    return [*pieces, "\n</Parallel>\n", *_sum(factors)]
+        return [
+            "<think>\n",
+            *(piece for t in terms for piece in [f"{t + 1}:", *work(factors, t)]),
+            *column_sum(factors),
+        ]
+    outlines = [f"{t + 1}w*{t + 1}y" for t in terms]
+    return ["<think>\n", *fork(outlines, [work(factors, t) for t in terms]), *column_sum(factors)]
+
+
+def plain_row(factors: list[list[int]], nouns: list[int], style: Style) -> dict[str, str]:
+    """The same problem and the same steps in words and ordinary notation."""
+    asked = ", ".join(f"{a} boxes of {b} {NOUNS[noun]}" for (a, b), noun in zip(factors, nouns, strict=True))
+    bodies: list[list[Piece]] = []
+    for a, b in factors:
+        tens, ones = a * (b // 10 * 10), a * (b % 10)
+        bodies.append([f" {a} * {b} = {a} * {b // 10 * 10} + {a} * {b % 10} = {tens} + {ones} = {a * b}\n"])
+    if style == "forkjoin":
+        steps = fork([f"the {NOUNS[noun]}, {a} * {b}" for (a, b), noun in zip(factors, nouns, strict=True)], bodies)
+    else:
+        steps = [piece for number, body in enumerate(bodies, 1) for piece in (f"{number}:", *body)]
+    running, lines = factors[0][0] * factors[0][1], []
+    for a, b in factors[1:]:
+        lines.append(f"{running} + {a * b} = {running + a * b}\n")
+        running += a * b
+    text = "".join(map(str, ["<think>\n", *steps, *lines, "</think>\n\n\\boxed{", running, "}"]))
+    prompt = f"There are {asked}. How many things are there in all?\n"
+    return {"prompt": prompt, "text": text, "answer": str(running), "difficulty": str(len(factors))}

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.arithmetic import holds_true_equations
 from tw_core import TagIds, check_format, encode_units, parallel_stats, parse, render
 from tw_recipes.tasks import TASKS, SumOfProducts, get_task
 
@@ -137,9 +138,23 @@ def test_grader_reads_the_box_after_the_reasoning_only() -> None:
     assert not grader.grade("", answer).correct
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([2, 3, 4]), st.sampled_from(STYLES))
+def test_plain_texts_hold_true_equations(seed: int, terms: int, style: str) -> None:
+    task = SumOfProducts(terms)
+    factors = task.problems(2, seed=seed)
+    for row, pairs in zip(task.rows(2, seed=seed, style=style, plain=True), factors.tolist(), strict=True):
+        assert check_format(row["text"], canonical=True, require_block=style == "forkjoin").problems == ()
+        assert int(row["answer"]) == sum(a * b for a, b in pairs)
+        assert task.grader().grade(row["text"], row["answer"]).correct
+        assert [(int(a), int(b)) for a, b in re.findall(r"(\d+) boxes of (\d+)", row["prompt"])] == [*map(tuple, pairs)]
+        holds_true_equations(row["text"])
+
+
 def test_registry_and_arguments() -> None:
     assert get_task("products") is TASKS["products"]
-    with pytest.raises(KeyError, match="task must be one of products, got 'sums'"):
+    assert get_task("products", terms=3) == SumOfProducts(3)
+    with pytest.raises(KeyError, match="task must be one of products, multiply, adaptive, got 'sums'"):
         get_task("sums")
     with pytest.raises(ValueError, match="terms must be 2, 3 or 4, got 5"):
         SumOfProducts(5)
