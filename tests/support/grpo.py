@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from random import Random
 from tempfile import mkdtemp
 from typing import Any
 
@@ -110,3 +111,37 @@ def train(trainer: GRPOTrainer) -> tuple[list[dict[str, Tensor]], list[dict[str,
     torch.manual_seed(0)
     trainer.train()
     return recorder.steps, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def branching_rollouts(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+    """A `rollout_func` without an engine: random trees whose rows begin alike within a group; some glue is masked.
+
+    What a prompt gets depends on the prompt and the place in its group alone, on whichever rank it is.
+    """
+    first = trainer.accelerator.process_index * len(prompts)
+    output: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "completion_parents": [], "env_mask": []}
+    for row, prompt in enumerate(prompts, start=first):
+        shared, own = Random(prompt), Random(f"{prompt} {row % GROUP}")
+        ids = [shared.randrange(3, 90) for _ in range(5)]
+        parents, mask = list(range(-1, 4)), [1] * 5
+        for thread in range(own.randint(1, 3)):
+            size = own.randint(2, 6)
+            parents += [own.randint(-1, len(ids) - 1), *range(len(ids), len(ids) + size - 1)]
+            ids += [own.randrange(3, 90) for _ in range(size)]
+            mask += [int(thread == 0)] + [1] * (size - 1)
+        output["prompt_ids"].append(trainer.processing_class(prompt)["input_ids"])
+        output["completion_ids"].append(ids)
+        output["completion_parents"].append(parents)
+        output["env_mask"].append(mask)
+    return output | {"logprobs": None}
+
+
+def chain_rollouts(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+    """A `rollout_func` without an engine: completions of uneven lengths, by prompt and place in the group."""
+    first = trainer.accelerator.process_index * len(prompts)
+    lengths = [Random(f"{prompt} {row % GROUP}") for row, prompt in enumerate(prompts, start=first)]
+    return {
+        "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": [[own.randrange(3, 90) for _ in range(own.randint(2, 12))] for own in lengths],
+        "logprobs": None,
+    }
