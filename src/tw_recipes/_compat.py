@@ -1,5 +1,6 @@
 """Every version check of transformers, trl and peft, each with the event that removes it."""
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -59,6 +60,22 @@ def watch_prefix_cache(manager: Any, cached: dict[str, int]) -> None:
     cache.search_prefix_match = searched
 
 
+def when_generation_ends(manager: Any, callback: Callable[[], None]) -> None:
+    """Call `callback` in the manager's thread when its loop has ended, by `stop` or by an error.
+
+    Removed when transformers tells the handlers of every request, also of one added while the loop ends.
+    """
+    loop = manager._run_generation_loop
+
+    def watched(*args: Any, **options: Any) -> None:
+        try:
+            loop(*args, **options)
+        finally:
+            callback()
+
+    manager._run_generation_loop = watched
+
+
 def no_checkpointing() -> dict[str, bool]:
     """Trainer arguments that turn activation checkpointing off, which TRL turns on; its name is new in transformers.
 
@@ -70,3 +87,10 @@ def no_checkpointing() -> dict[str, bool]:
 
     known = {field.name for field in fields(TrainingArguments)}
     return {"activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": False}
+
+
+def cache_argument(model: Any) -> str:
+    """Name of the argument that gives a model its cache; 5.24 renames `past_key_values`. Removed with 5.17."""
+    from inspect import signature
+
+    return "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"

@@ -96,7 +96,8 @@ class ForkJoinDecoder:
             prompt_ids: Shape (P,), P >= 1.
             key: Names the trajectory: affinity key of its calls, part of their seeds. Defaults to a digest of the
                 prompt.
-            on_event: Called at every step, in the event loop; it must not block.
+            on_event: Called at every step, in the event loop; it must not block, and what it raises ends the trajectory
+                and is raised here.
         Returns:
             The rollout; an engine's failure is its status, not an exception.
         Raises:

@@ -79,6 +79,7 @@ class Trajectory:
         self.hit: Counter[str] = Counter()
         self.forced = 0
         self.cancelled = ""
+        self.raised: Exception | None = None
         self.in_flight: set[asyncio.Task[Any]] = set()
         self.began = time.perf_counter()
 
@@ -289,6 +290,8 @@ class Trajectory:
         except EngineError as problem:
             error = str(problem) or "the engine gave no reason"
         except Exception as problem:
+            if problem is self.raised:
+                raise
             error = f"{type(problem).__name__}: {problem}"
         finally:
             self.in_flight.discard(task)
@@ -301,8 +304,13 @@ class Trajectory:
         )
 
     def _tell(self, kind: str, path: Path, ids: Any = (), numbers: tuple[str, ...] = ()) -> None:
-        if self.on_event is not None:
+        if self.on_event is None:
+            return
+        try:
             self.on_event(Event(kind, path, tuple(int(token) for token in ids), numbers))
+        except Exception as problem:
+            self.raised = problem  # the caller's own, also where an engine passes it on
+            raise
 
 
 async def _at_once(streams: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:

@@ -14,8 +14,7 @@ Tests: tests/recipes/decoding/test_transformers_engine.py.
 import asyncio
 import itertools
 import logging
-import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,8 @@ class TransformersEngine:
     Args:
         model: A causal language model, plain, wrapped by PEFT, or with trie attention installed.
         eos_ids: Ids that end a sequence. Defaults to the model's generation config.
-        max_context: Defaults to the config's max_position_embeddings.
+        max_context: The most tokens of context and completion. Defaults to the config's max_position_embeddings, and
+            is never more than a given cache holds.
         page_size: Tokens of a cache page, the grain of prefix sharing. A multiple of 4.
         cache_tokens: Tokens the cache holds. Defaults to what fits 1 GiB (at most 32,768) on a CPU, and to
             `memory_share` of the free memory on a GPU.
@@ -76,10 +76,13 @@ class TransformersEngine:
             raise ValueError(
                 "eos_ids must hold at least one id: the model's configuration names none; pass eos_ids=[...]"
             )
-        self.max_context = max_context or getattr(config, "max_position_embeddings", None)
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
         self.page_size = page_size
-        self.cache_tokens = cache_tokens
+        tokens = self._cpu_cache_tokens() if cache_tokens is None else cache_tokens
+        self.cache_tokens = None if tokens is None else tokens // page_size * page_size
+        # A request that the whole cache cannot hold would end the batch for all others.
+        bounds = (max_context or getattr(config, "max_position_embeddings", None), self.cache_tokens)
+        self.max_context = min((bound for bound in bounds if bound is not None), default=None)
         self.memory_share = memory_share
         self.max_batch_tokens = max_batch_tokens
         self.share_prefixes = share_prefixes
@@ -88,8 +91,7 @@ class TransformersEngine:
         self._names = itertools.count()
         self._cached: dict[str, int] = {}
         self._running: _Running | None = None
-        self._in_flight = 0
-        self._lock = threading.Lock()
+        self._stopping: asyncio.Future[None] | None = None
 
     @property
     def cached_share(self) -> float:
@@ -97,29 +99,38 @@ class TransformersEngine:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     async def generate(self, request: Request) -> Completion:
-        """Completes one context in the shared batch.
+        """Completes one context in the shared batch; cancelling the task takes it out of the batch.
 
         Raises:
-            EngineError: The context holds ids outside the vocabulary or is too long, or generation failed.
+            EngineError: The context holds ids outside the vocabulary or is too long, or generation failed. After a
+                failure of the whole batch the next call starts a new one.
             ValueError: Sampling that continuous batching cannot do, or another one than the running batch has.
         """
         self._validate(request)
-        manager = self._start(request.sampling)
-        name = f"call-{next(self._names)}"
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Any] = loop.create_future()
+        while self._stopping is not None:
+            await asyncio.wait([self._stopping])
+        running = self._start(request.sampling)
+        manager, name = running.manager, f"call-{next(self._names)}"
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         seen = 0
 
         def deliver(output: Any) -> None:
             nonlocal seen
-            if request.on_tokens is not None and len(output.generated_tokens) > seen:
-                request.on_tokens(output.generated_tokens[seen:])
-                seen = len(output.generated_tokens)
-            if output.is_finished() and not done.done():
-                done.set_result(output)
+            if done.done():
+                return
+            try:
+                if request.on_tokens is not None and len(output.generated_tokens) > seen:
+                    request.on_tokens(output.generated_tokens[seen:])
+                    seen = len(output.generated_tokens)
+            except Exception as problem:  # the caller's: it must end this call, not be lost in the event loop
+                manager.cancel_request(name)
+                done.set_exception(problem)
+            else:
+                if output.is_finished():
+                    done.set_result(output)
 
         manager.register_result_handler(name, deliver)
-        self._in_flight += 1
+        running.pending.add(done)
         try:
             accepted = manager.add_request(
                 request.context.tolist(),
@@ -128,17 +139,16 @@ class TransformersEngine:
                 eos_token_id=list(request.stop_ids),
                 streaming=request.on_tokens is not None,
             )
-            if accepted is None:
-                await self.aclose()
-                raise EngineError("continuous batching no longer takes requests: its thread has failed, see the log")
+            if accepted is None and not done.done():
+                raise EngineError("continuous batching takes no further request: it is being stopped; send it again")
             output = await done
         except asyncio.CancelledError:
             manager.cancel_request(name)
             raise
         finally:
-            self._in_flight -= 1
+            running.pending.discard(done)
             manager.output_router.result_handlers.pop(name, None)
-            cached = self._cached.pop(name, 0)
+            cached = min(self._cached.pop(name, 0), len(request.context))
         if output.error is not None:
             raise EngineError(f"generation failed: {output.error}")
         ids = np.array(output.generated_tokens, dtype=np.int64)
@@ -149,10 +159,20 @@ class TransformersEngine:
         return Completion(ids, logprobs, "stop" if stopped else "length", cached_tokens=cached)
 
     async def aclose(self) -> None:
-        """Stops the batch and gives the model back: its attention, its mode, the memory of the cache."""
+        """Stops the batch and gives the model back: its attention, its mode, the memory of the cache.
+
+        Waits for the calls in flight; calls that come meanwhile wait for a new batch.
+        """
+        if self._stopping is not None:
+            await asyncio.wait([self._stopping])
         running, self._running = self._running, None
-        if running is not None:
-            await asyncio.to_thread(running.stop)
+        if running is None:
+            return
+        self._stopping = asyncio.ensure_future(asyncio.to_thread(running.stop))
+        try:
+            await asyncio.shield(self._stopping)
+        finally:
+            self._stopping = None
 
     def _validate(self, request: Request) -> None:
         low, high = int(request.context.min()), int(request.context.max())
@@ -167,52 +187,62 @@ class TransformersEngine:
         if request.sampling.logit_bias:
             raise ValueError("logit_bias is not possible with continuous batching; use OpenAIEngine with a server")
 
-    def _start(self, sampling: Sampling) -> Any:
-        with self._lock:
-            if self._running is not None and self._running.sampling != sampling:
-                if self._in_flight:
-                    raise ValueError(
-                        f"sampling must be that of the running batch ({self._running.sampling}), got {sampling}; "
-                        "await the calls in flight first"
-                    )
-                self._running.stop()
-                self._running = None
-            if self._running is None:
-                self._running = _Running(self, sampling)
-            return self._running.manager
+    def _start(self, sampling: Sampling) -> "_Running":
+        running = self._running
+        if running is not None and running.dead:
+            running.stop()
+            running = None
+        if running is not None and running.sampling != sampling:
+            if running.pending:
+                raise ValueError(
+                    f"sampling must be that of the running batch ({running.sampling}), got {sampling}; "
+                    "await the calls in flight first"
+                )
+            running.stop()
+            running = None
+        self._running = running or _Running(self, sampling)
+        self._running.loop = asyncio.get_running_loop()
+        return self._running
+
+    def _cpu_cache_tokens(self) -> int | None:
+        """Tokens of the cache on a CPU, None on a GPU, where transformers asks for the free memory."""
+        if self.model.device.type != "cpu":
+            return None
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
+        return min(_CPU_CACHE_TOKENS, int(_CPU_CACHE_GIB * 2**30 / per_token))
 
     def _cache_options(self) -> dict[str, Any]:
         on_cpu = self.model.device.type == "cpu"
-        tokens = self.cache_tokens
-        if tokens is None and on_cpu:
-            config = self.model.config.get_text_config()
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            per_token = 2 * config.num_hidden_layers * heads * width * self.model.dtype.itemsize
-            tokens = min(_CPU_CACHE_TOKENS, int(_CPU_CACHE_GIB * 2**30 / per_token))
         options: dict[str, Any] = {"max_batch_tokens": self.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else None)}
-        if tokens is not None:
-            options["num_blocks"] = -(-tokens // self.page_size)
+        if self.cache_tokens is not None:
+            options["num_blocks"] = self.cache_tokens // self.page_size
         if self.memory_share is not None:
             options["max_memory_percent"] = self.memory_share
         return options
 
 
 class _Running:
-    """A started manager, and how to undo it."""
+    """A started manager, the calls that wait for it, and how to undo it."""
 
     def __init__(self, engine: TransformersEngine, sampling: Sampling) -> None:
         self.sampling = sampling
         self.model, self.undo = engine.model, ExitStack()
         self.was_training = self.model.training
-        drawn = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        self.loop = asyncio.get_running_loop()
+        self.pending: set[asyncio.Future[Any]] = set()
+        self.dead = False
+        drawn: dict[str, Any] = {}
+        if not sampling.greedy:
+            drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         generation = GenerationConfig(
             do_sample=not sampling.greedy,
             max_new_tokens=1,
             eos_token_id=list(engine.eos_ids),
             pad_token_id=engine.eos_ids[0],
             **drawn,
-            **({} if sampling.greedy else {"top_k": sampling.top_k}),
         )
         config = _compat.continuous_batching_config(
             page_size=engine.page_size,
@@ -226,10 +256,23 @@ class _Running:
         try:
             self.manager = self.model.init_continuous_batching(generation, config)
             _compat.watch_prefix_cache(self.manager, engine._cached)
+            _compat.when_generation_ends(self.manager, self._ended)
             self.manager.start()
         except BaseException:
             self.undo.close()
             raise
+
+    def _ended(self) -> None:
+        """In the manager's thread, after its last delivery: nobody must wait for a result that cannot come."""
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits
+            self.loop.call_soon_threadsafe(self._fail_pending)
+
+    def _fail_pending(self) -> None:
+        self.dead = True
+        reason = self.manager.background_thread_status.fatal_error or "it was stopped"
+        for done in self.pending:
+            if not done.done():
+                done.set_exception(EngineError(f"continuous batching has ended: {reason}"))
 
     def stop(self) -> None:
         try:
