@@ -8,7 +8,10 @@ from typing import Any
 
 _HOME = {
     "ForkJoinDecoder": "tw_recipes.decoding.decoder",
+    "LockstepEngine": "tw_recipes.decoding.lockstep_engine",
     "OpenAIEngine": "tw_recipes.decoding.openai_engine",
+    "PGRPOConfig": "tw_recipes.grpo.pgrpo_config",
+    "PGRPOTrainer": "tw_recipes.grpo.pgrpo_trainer",
     "ScriptedEngine": "tw_recipes.decoding.scripted_engine",
     "TransformersEngine": "tw_recipes.decoding.transformers_engine",
     "TrieCollator": "tw_recipes.sft.collator",
