@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from benchmarks.attention_runs import RUNS, Inputs, Judge, Run, make_inputs, planners
@@ -67,6 +68,7 @@ class Bench:
     records: list[dict[str, object]] = field(default_factory=list)
     values: dict[tuple[str, str, str], float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    earlier: dict[str, Any] | None = None
 
     def add(self, case: str, impl: str, metric: str, value: float, unit: str) -> None:
         """Keep one figure."""
@@ -89,7 +91,7 @@ class Bench:
         """Write everything measured so far."""
         if self.args.out:
             command = "python -m benchmarks.bench_trie_attention " + " ".join(sys.argv[1:])
-            write_records(Path(self.args.out), self.records, command=command.strip(), seed=0)
+            write_records(Path(self.args.out), self.records, command=command.strip(), seed=0, merge=self.earlier)
 
 
 def synchronize() -> None:
@@ -313,6 +315,7 @@ def main() -> int:
     parser.add_argument(
         "--out", default="", help="results file; default: benchmarks/results/trie_attention-<device>.json"
     )
+    parser.add_argument("--merge", default="", help="results file to add to: other (case, impl) pairs of it are kept")
     parser.add_argument("--all", action="store_true", help="also what SKIPPED leaves out")
     parser.add_argument("--cpu", action="store_true", help="small tries on the CPU, float32, fewer heads")
     parser.add_argument("--no-first-call", action="store_true", help="leave out the fresh processes")
@@ -332,6 +335,8 @@ def main() -> int:
         name = "cpu" if args.cpu else torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
         args.out = f"benchmarks/results/trie_attention-{name}.json"
     bench = Bench(args, device)
+    if args.merge:
+        bench.earlier = json.loads(Path(args.merge).read_text())
     started = time.perf_counter()
     for case in cases:
         with bench.guard(case, "all", "case"):

@@ -22,7 +22,13 @@ FIELDS = ("case", "impl", "metric", "value", "unit")
 
 
 def write_records(
-    bench: str | Path, records: Iterable[Mapping[str, Any]], *, command: str, seed: int, device: str | None = None
+    bench: str | Path,
+    records: Iterable[Mapping[str, Any]],
+    *,
+    command: str,
+    seed: int,
+    device: str | None = None,
+    merge: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one results file and return its path.
 
@@ -32,6 +38,8 @@ def write_records(
         command: What gives these figures again.
         seed: Seed of the inputs.
         device: "cpu" or "cuda", what was measured. Defaults to "cuda" where there is one.
+        merge: Content of an earlier results file: what it says on other (case, impl) pairs is kept, its meta goes to
+            "earlier".
 
     Raises:
         ValueError: No record, a record with other fields, or a value that is not a finite number.
@@ -45,9 +53,15 @@ def write_records(
         if not math.isfinite(row["value"]):
             raise ValueError(f"records[{i}] has the value {row['value']}; leave out what was not measured")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    about = meta(command, seed, device)
+    if merge is not None:
+        anew = {(row["case"], row["impl"]) for row in rows}
+        rows = [row for row in merge["records"] if (row["case"], row["impl"]) not in anew] + rows
+        before = {name: value for name, value in merge["meta"].items() if name != "earlier"}
+        about["earlier"] = [*merge["meta"].get("earlier", []), before]
     path = Path(bench) if str(bench).endswith(".json") else RESULTS / f"{bench}-{device_slug(device)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"meta": meta(command, seed, device), "records": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"meta": about, "records": rows}, indent=1) + "\n")
     return path
 
 

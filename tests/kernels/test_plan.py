@@ -1,11 +1,23 @@
 """The block plan: right for every tile, the same from torch and from Triton, never stale."""
 
 import gc
+import time
+from statistics import median
 
 import pytest
 import torch
 
-from tests.support.attention_inputs import Node, TrieShape, build, chain, comb, every_offset, random_forest, small_tries
+from tests.support.attention_inputs import (
+    Node,
+    TrieShape,
+    build,
+    chain,
+    comb,
+    every_offset,
+    random_forest,
+    sft_64k,
+    small_tries,
+)
 from tw_core.masks import dense_mask
 from tw_kernels.trie_attention import plan as plan_module
 from tw_kernels.trie_attention.plan import BlockPlan, cached_plan, make_plan
@@ -89,6 +101,21 @@ def assert_same_plan(trie: TrieShape, window: int | None, block: int, device: st
     for by_key in (False, True):
         assert got.tiles(by_key=by_key) == want.tiles(by_key=by_key)
         assert got.order(by_key=by_key) == want.order(by_key=by_key)
+
+
+@pytest.mark.gpu
+def test_planning_64k_rows_takes_less_than_a_millisecond() -> None:
+    """Median of 20 plans of new tensors, the wait for the device included."""
+    end = sft_64k().subtree_end.cuda()
+    seconds = []
+    for _ in range(23):
+        fresh = end.clone()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        make_plan(fresh)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    assert median(seconds[3:]) < 1e-3
 
 
 @pytest.mark.parametrize("block", [0, 8, 48])

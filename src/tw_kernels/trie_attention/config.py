@@ -1,8 +1,18 @@
-"""Tile sizes of the Triton kernels: a table per chip, head dimension and dtype."""
+"""Tile sizes of the Triton kernels: a table per chip, head dimension and dtype, and what `tune.py` measured.
+
+TW_TILES=FILE in the environment names a file of `python -m tw_kernels.trie_attention.tune`: its entries for this chip,
+dtype, head dimensions and version of Triton go before the table.
+Guarded by tests/kernels/test_triton.py, test_compile.py and test_tune.py.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -90,7 +100,7 @@ _ANY_32BIT: dict[Pass, dict[int, TileConfig]] = {
 def pick_config(
     head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, kernel: Pass
 ) -> TileConfig:
-    """The table's tiles.
+    """The tuned tiles where TW_TILES has some, else the table's.
 
     Args:
         head_dim: D, 1..256.
@@ -100,13 +110,17 @@ def pick_config(
         kernel: Which kernel.
 
     Raises:
-        ValueError: A head dimension is out of range.
+        ValueError: A head dimension is out of range, or TW_TILES names a file that is none of `tune.py`.
     """
     width = max(head_dim, value_dim)
     if not 1 <= width <= 256:
         raise ValueError(f"head dimensions must be at most 256, got D={head_dim} and Dv={value_dim}")
     if capability is None:
         return _INTERPRETER
+    if path := os.environ.get("TW_TILES"):
+        tuned = read_tuned(path).get(tuning_key(head_dim, value_dim, dtype, capability, kernel))
+        if tuned is not None:
+            return tuned
     if dtype == torch.float32:
         table = _ANY_32BIT
     elif capability[0] == 9:
@@ -116,6 +130,33 @@ def pick_config(
     else:
         table = _ANY_16BIT
     return table[kernel][max(64, padded(width))]
+
+
+def tuning_key(head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int], kernel: Pass) -> str:
+    """Under which name tuned tiles are kept, for example "sm_90 triton 3.6.0 bfloat16 128x128 forward"."""
+    chip = "sm_" + "".join(map(str, capability))
+    return f"{chip} triton {version('triton')} {str(dtype).removeprefix('torch.')} {head_dim}x{value_dim} {kernel}"
+
+
+@lru_cache(maxsize=4)
+def read_tuned(path: str) -> dict[str, TileConfig]:
+    """The tiles of a file of `tune.py`, read once a process.
+
+    Raises:
+        ValueError: The file is missing, or is none of `tune.py`.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        tiles = {key: TileConfig(**fields) for key, fields in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"TW_TILES must name a file that `python -m tw_kernels.trie_attention.tune` wrote, got {path!r} ({error}); "
+            "write it, or unset TW_TILES"
+        ) from error
+    for key, config in tiles.items():
+        if any(PLAN_BLOCK % size or size < 16 for size in (config.block_m, config.block_n)):
+            raise ValueError(f"tiles must divide {PLAN_BLOCK}, got {config} for {key!r} in TW_TILES; tune again")
+    return tiles
 
 
 def plan_block(device: torch.device) -> int:
