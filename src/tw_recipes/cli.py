@@ -23,8 +23,14 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "tw_recipes.evaluation.command", "accuracy, token latency and speedup on a data set, with a report"
     ),
+    "generate-data": Command(
+        "tw_recipes.datagen.command", "fork/join training data from sequential traces, and rounds of self-training"
+    ),
     "inspect": Command("tw_recipes.viewer.inspect", "what a file of trajectories holds: format, lengths, tries"),
     "quickstart": Command("tw_recipes.pipelines.quickstart", "make data, train both models, decode, compare (CPU)"),
+    "reproduce": Command(
+        "tw_recipes.pipelines.reproduce.command", "the paper's experiment from data to report, CPU or one GPU"
+    ),
     "rollout": Command("tw_recipes.rollout_command", "decode a file of prompts into a file of trajectories, resumable"),
     "sft": Command("tw_recipes.sft.command", "fine-tune a model on fork/join trajectories, packed as tries"),
     "tasks": Command("tw_recipes.tasks.export", "problems with solutions of a synthetic task as data set files"),

@@ -160,7 +160,7 @@ def question_of(body: Mapping[str, Any]) -> str:
 
 def chat_completion(reply: LLMReply, model: str) -> dict[str, Any]:
     """A reply as the endpoint sends it."""
-    refused = reply.finish == "refusal"
+    refused, finish = reply.finish == "refusal", "length" if reply.finish == "length" else "stop"
     message = {
         "role": "assistant",
         "content": None if refused else reply.text,

@@ -7,8 +7,19 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Annotator": "annotator",
+    "JobOptions": "generate",
     "Selection": "self_training",
+    "SelfTrainOptions": "rounds",
+    "annotate": "pipeline",
+    "extract_steps": "steps",
+    "finish": "filter",
+    "generate_data": "generate",
+    "propose_blocks": "blocks",
+    "rewrite_threads": "rewrite",
+    "self_train_rounds": "rounds",
     "self_train_select": "self_training",
+    "write_outlines": "outlines",
 }
 
 __all__ = sorted(_HOME)

@@ -7,7 +7,7 @@ Guarded by tests/recipes/datagen/test_annotator.py.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class Accounts:
             "model": request.model,
             "messages": list(request.messages),
             **said,
-            "usage": asdict(usage),
+            "usage": vars(usage),
         }
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()

@@ -21,7 +21,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from tw_recipes.datagen import models as shapes
 from tw_recipes.datagen.accounting import Accounts
 from tw_recipes.datagen.limits import Budget, RateLimiter
-from tw_recipes.datagen.llm import LLM, EndpointError, LLMReply, LLMRequest, Models, TransientError
+from tw_recipes.datagen.llm import LLM, AccessError, EndpointError, LLMReply, LLMRequest, Models, TransientError
 from tw_recipes.datagen.options import StageOptions
 from tw_recipes.datagen.prompts import Prompts
 from tw_recipes.datagen.reasons import Reason, Rejected
@@ -182,6 +182,8 @@ class Annotator:
                 self.limiter.settle(expected, 0)
                 self.accounts.failed(request, self.redacted(str(error)), time.perf_counter() - began)
                 raise
+            except AccessError as error:
+                raise AccessError(self.redacted(str(error))) from None
             usage = self.accounts.replied(request, reply, time.perf_counter() - began)
             used = usage.tokens, usage.cost
             self.limiter.settle(expected, usage.tokens)

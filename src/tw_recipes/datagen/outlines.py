@@ -78,7 +78,7 @@ def check_outlines(reply: OutlinesReply, bodies: Sequence[str], known: str, opti
             return Rejected(Reason.OUTLINE_FORM, f"{where} holds a tag: {outline[:60]!r}")
         if (leak := leaks(outline, bodies, known)) is not None:
             return Rejected(Reason.OUTLINE_LEAK, f"{where} gives away {leak[:60]!r}")
-        invented = numbers(outline) - numbers(f"{known}\n" + "\n".join(bodies))
-        if invented:
+        said = numbers(outline)
+        if said and (invented := said - numbers(f"{known}\n" + "\n".join(bodies))):
             return Rejected(Reason.OUTLINE_INVENTS, f"{where} holds {sorted(invented)[0]}, which stands nowhere")
     return None

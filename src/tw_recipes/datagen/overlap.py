@@ -21,15 +21,17 @@ LEAK_RUN = 6
 
 def numbers(text: str) -> set[str]:
     """The numbers of a text that mean something by themselves: two digits or more, without leading zeros."""
-    return {number for number in map(_plain, _NUMBER.findall(text)) if len(number) > 1}
+    return {number for number in all_numbers(text) if len(number) > 1}
 
 
 def all_numbers(text: str) -> set[str]:
     """Every number of a text, single digits too."""
-    return set(map(_plain, _NUMBER.findall(text)))
+    return {_plain(number) for number in set(_NUMBER.findall(text))}
 
 
 def _plain(number: str) -> str:
+    if number.isdecimal():
+        return number.lstrip("0") or "0"
     if _THOUSANDS.fullmatch(number):
         number = number.replace(",", "")
     whole, dot, rest = number.partition(".")
@@ -83,18 +85,22 @@ def leaks(outline: str, bodies: Iterable[str], before: str) -> str | None:
         The first such piece, None if there is none.
     """
     said, said_runs, said_results = numbers(outline), runs(outline, LEAK_RUN), set(results(outline))
+    if not (said or said_runs or said_results):
+        return None
     for body in bodies:
         opening, rest = _opened(body)
         known = f"{before}\n{opening}"
-        for number in sorted((said & numbers(rest)) - numbers(known)):
-            return number
-        reached = results(rest)
+        if met := said & numbers(rest):
+            for number in sorted(met - numbers(known)):
+                return number
+        reached = results(rest) if said_results else []
         # A single character counts only where the thread ends with it: "k = 1" may well be its case.
         for value in [value for value in reached if len(value) > 1] + reached[-1:]:
             if value in said_results and value not in (known if len(value) > 1 else results(known)):
                 return value
-        for run in sorted((said_runs & runs(rest, LEAK_RUN)) - runs(known, LEAK_RUN)):
-            return " ".join(run)
+        if copied := said_runs & runs(rest, LEAK_RUN):
+            for run in sorted(copied - runs(known, LEAK_RUN)):
+                return " ".join(run)
     return None
 
 

@@ -43,6 +43,7 @@ class Prompts:
             trim_blocks=True,
             lstrip_blocks=True,
             autoescape=False,
+            auto_reload=False,
         )
         environment.filters["quoted"] = quoted
         self._templates = {name: environment.get_template(f"{name}.jinja") for name in ("system", *QUESTIONS)}

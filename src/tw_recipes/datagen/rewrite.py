@@ -102,7 +102,8 @@ def apply_edits(bodies: Sequence[str], edits: Sequence[Edit], known: str, option
             raise Rejected(Reason.EDIT_SIZE, f"thread {edit.thread}: {size}")
         if any(tag in edit.replace for tag in (*TAGS, "<think>", "</think>")):
             raise Rejected(Reason.EDIT_TAGS, f"thread {edit.thread}: {edit.replace[:60]!r}")
-        if invented := all_numbers(added) - all_numbers(f"{known}\n{body}"):
+        said = all_numbers(added)
+        if said and (invented := said - all_numbers(f"{known}\n{body}")):
             raise Rejected(Reason.EDIT_INVENTS, f"thread {edit.thread} would hold {sorted(invented)[0]}")
         changes[edit.thread - 1].append((at, at + len(edit.find), edit.replace))
     edited = [
