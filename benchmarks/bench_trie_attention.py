@@ -319,6 +319,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="also what SKIPPED leaves out")
     parser.add_argument("--cpu", action="store_true", help="small tries on the CPU, float32, fewer heads")
     parser.add_argument("--no-first-call", action="store_true", help="leave out the fresh processes")
+    parser.add_argument("--cases-only", action="store_true", help="leave out new lengths and the fresh processes")
     parser.add_argument("--first-call", default="", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="print whole tracebacks")
     args = parser.parse_args()
@@ -344,10 +345,10 @@ def main() -> int:
         free_memory()
         bench.write()
         print(f"{case} done after {time.perf_counter() - started:.0f} s", flush=True)
-    for impl in [impl for impl in ("triton", "flex") if impl in args.impls]:
+    for impl in [impl for impl in ("triton", "flex") if impl in args.impls and not args.cases_only]:
         with bench.guard("new_length", impl, "new lengths"):
             bench_new_lengths(bench, impl, heads, dtype, 40 if args.cpu else 3000)
-    if not args.no_first_call:
+    if not args.no_first_call and not args.cases_only:
         bench_first_calls(bench)
     add_ratios(bench)
     bench.write()

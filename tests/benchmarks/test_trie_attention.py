@@ -14,7 +14,7 @@ from tests.support.attention_inputs import chain_128k, sft_32k, sft_64k, short_6
 
 def test_the_benchmark_runs_and_adds_to_earlier_results(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.json"
-    words = ["bench", "--cpu", "--cases", "tiny", "--rounds", "2", "--no-first-call", "--out", str(out)]
+    words = ["bench", "--cpu", "--cases", "tiny", "--rounds", "2", "--cases-only", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*words, "--impls", "dense,varlen"])
     assert bench_trie_attention.main() == 0
     monkeypatch.setattr(sys, "argv", [*words, "--impls", "reference,expanded_sdpa", "--merge", str(out)])
