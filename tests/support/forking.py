@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tests.support.models import tiny_model
 from tests.support.trajectories import COLON, DIGITS, NEWLINE, TAG_IDS
 from tw_core import Unit, extract_units
+from tw_recipes.decoding.engine import Request
 
 EOS, VOCAB = 11, 120
 P, P_, OS, OS_, OL, OL_, T, T_ = range(1, 9)
@@ -76,3 +77,12 @@ def forking_model() -> PreTrainedModel:
     model.load_state_dict(_weights())
     model.generation_config.eos_token_id = EOS
     return model
+
+
+def echo_key(request: Request) -> list[int]:
+    """A script: a block of two threads in which the first id of the prompt stands wherever a call writes."""
+    context = request.context
+    own, opened, closed = int(context[0]), np.count_nonzero(context == T), np.count_nonzero(context == T_)
+    if T_ in request.stop_ids:
+        return [own, int(context[-2]), T_]
+    return [P_, own, EOS] if opened and closed == opened else [105, *outlines(1, 2)]
