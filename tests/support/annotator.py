@@ -160,20 +160,15 @@ def question_of(body: Mapping[str, Any]) -> str:
 
 def chat_completion(reply: LLMReply, model: str) -> dict[str, Any]:
     """A reply as the endpoint sends it."""
-    refused, finish = reply.finish == "refusal", "length" if reply.finish == "length" else "stop"
-    message = {
-        "role": "assistant",
-        "content": None if refused else reply.text,
-        "refusal": reply.text if refused else None,
-    }
+    refused = reply.finish == "refusal"
+    said = {"content": None, "refusal": reply.text} if refused else {"content": reply.text}
+    finish = "length" if reply.finish == "length" else "stop"
     return {
         "id": "x",
         "object": "chat.completion",
         "created": 0,
         "model": model,
-        "choices": [
-            {"index": 0, "message": message, "finish_reason": "length" if reply.finish == "length" else "stop"}
-        ],
+        "choices": [{"index": 0, "message": {"role": "assistant", **said}, "finish_reason": finish}],
         "usage": {
             "prompt_tokens": reply.prompt_tokens,
             "completion_tokens": reply.completion_tokens,
