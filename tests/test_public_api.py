@@ -36,6 +36,16 @@ PUBLIC = {
         "parse",
         "render",
     ],
+    "tw_kernels": [
+        "AttentionCall",
+        "AttentionOutput",
+        "BlockPlan",
+        "ImplChoice",
+        "available_impls",
+        "choose_impl",
+        "make_plan",
+        "trie_attention",
+    ],
 }
 
 
@@ -43,6 +53,7 @@ PUBLIC = {
 def test_public_names_are_pinned(package: str) -> None:
     module = import_module(package)
     assert module.__all__ == PUBLIC[package]
+    assert sorted(module.__all__) == module.__all__
     assert all(hasattr(module, name) for name in module.__all__)
     assert all(getattr(module, name).__doc__ for name in module.__all__)
 
@@ -52,3 +63,4 @@ def test_names_that_users_rely_on_are_public() -> None:
     fixed = {"ReasoningTrie", "PackedTrie", "Unit", "Trajectory", "TagIds", "parse", "render", "check_format"}
     fixed |= {"extract_units", "parallel_stats", "pack_forest"}
     assert fixed <= set(PUBLIC["tw_core"])
+    assert {"trie_attention", "available_impls"} <= set(PUBLIC["tw_kernels"])
