@@ -103,7 +103,7 @@ class TrieLogps:
         if given := sorted(name for name, value in multimodal.items() if value is not None):
             raise ValueError(f"a trie holds text alone, got {', '.join(given)}; train on images with TRL's GRPOTrainer")
         sequences = scored_sequences(input_ids, attention_mask, logits_to_keep, *self._structure)
-        forwards = plan_forwards(sequences, self.args.max_tokens_per_forward)
+        forwards = self._plan(sequences)
         training = torch.is_grad_enabled() and self.model.training
         if training:
             self._logical_tokens += sequences.num_tokens
@@ -119,6 +119,10 @@ class TrieLogps:
             self._verify(model, sequences, logps, entropies)
             self._verified = True
         return logps, entropies, aux_loss
+
+    def _plan(self, sequences: ScoredSequences) -> list[PackedForward]:
+        """The packed rows that compute a call's sequences."""
+        return plan_forwards(sequences, self.args.max_tokens_per_forward)
 
     def _run(
         self, model: nn.Module, forward: PackedForward, compute_entropy: bool, compute_aux_loss: bool

@@ -1,0 +1,329 @@
+"""An update step of TrieGRPOTrainer beside one of TRL's GRPOTrainer, and fork/join groups beside their units.
+
+    python -m benchmarks.bench_grpo --out DIR/grpo-h100.json     Qwen3-4B with LoRA and Qwen3-0.6B in full, one GPU
+    python -m benchmarks.bench_grpo --tiny --out FILE            the same code on a CPU (its test)
+
+A step is what the trainers do with a scored micro-batch: `compute_loss` (with its metrics), backward, clipping, AdamW.
+Both have random weights of the shape, bfloat16, activation checkpointing and TRL's fused head; step_ms is the median of
+`--repeats` steps after one that warms up, peak_mib the allocator's peak, step_mib that peak less what was allocated
+before the step (weights, optimizer state). Cases: pP_cC[_xK] is K prompts (default 1) of P tokens with 8 completions of
+C tokens each. All are of one length, so that stock pads nothing and its attention takes the causal flash kernels: its
+best case. forkjoin is a group of 4 fork/join rollouts of two blocks; "units" computes every engine call as a sequence
+of its own, padding-free, through varlen flash attention.
+
+flop_ratio counts forward, recomputation and backward of linear layers, attention and head; sharing_efficiency =
+(step_ms of the other / step_ms of trie) / flop_ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from benchmarks.records import write_records
+from peft import LoraConfig
+from tests.support.grpo import make_trainer
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOTrainer
+
+from tw_core import PackedTrie, ReasoningTrie, Unit
+from tw_core.flops import ATTENTION_BACKWARD, LINEAR_BACKWARD, Work, expanded_work, flops, trie_work
+from tw_recipes import TrieGRPOTrainer
+from tw_recipes.grpo.layout import PackedForward, ScoredSequences, scored_sequences
+
+GROUP = 8
+_QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
+
+
+class Shape(NamedTuple):
+    """A model and what is trained of it."""
+
+    config: dict[str, Any]
+    lora: bool
+
+
+SHAPES = {
+    "qwen3_4b_lora": Shape(
+        {**_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+        lora=True,
+    ),
+    "qwen3_0.6b_full": Shape(
+        {**_QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+        lora=False,
+    ),
+    "tiny_lora": Shape(
+        {
+            **_QWEN3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "head_dim": 8,
+            "vocab_size": 512,
+        },
+        lora=True,
+    ),
+}
+SHAPES["tiny_full"] = SHAPES["tiny_lora"]._replace(lora=False)
+# What fits two minutes. Left out: 8k + 1k and 8k + 4k (73,728 and 98,304 tokens in the other's batch), 2k + 256 and
+# 512 + 256 with LoRA, which lie between the cases measured.
+CASES = {
+    "qwen3_4b_lora": ["p8192_c256", "p2048_c1024", "p256_c4096", "forkjoin_20k"],
+    "qwen3_0.6b_full": [
+        "p8192_c256", "p2048_c1024", "p2048_c4096", "p512_c256_x4", "p512_c4096", "forkjoin_30k"
+    ],
+    "tiny_lora": ["p24_c8", "forkjoin_0.3k"],
+    "tiny_full": ["p24_c8_x2"],
+}  # fmt: skip
+
+
+class Batch(NamedTuple):
+    """A scored micro-batch, and its sequences as an implementation without tries computes them."""
+
+    inputs: dict[str, Tensor]
+    expanded: ScoredSequences
+
+
+class UnitsTrainer(TrieGRPOTrainer):
+    """The same loss with nothing shared: each sequence a chain, one after another in one row, without padding."""
+
+    expanded: ScoredSequences
+
+    def _plan(self, sequences: ScoredSequences) -> list[PackedForward]:
+        each = zip(self.expanded.tokens, self.expanded.masks, strict=True)
+        packed = PackedTrie.concat([ReasoningTrie.from_sequences([ids], [mask]).pack() for ids, mask in each])
+        slots = torch.from_numpy(np.concatenate(self.expanded.slots))
+        return [PackedForward(packed, packed.trained_tokens().targets, slots)]
+
+
+def linear_batch(case: str, vocab: int) -> Batch:
+    """K prompts with 8 completions each: "p512_c256_x4"."""
+    words = {word[0]: int(word[1:]) for word in case.split("_")}
+    prompt, length, prompts = words["p"], words["c"], words.get("x", 1)
+    draw = torch.Generator().manual_seed(0)
+    rows = prompts * GROUP
+    prompt_ids = torch.randint(0, vocab, (prompts, prompt), generator=draw).repeat_interleave(GROUP, 0)
+    completion_ids = torch.randint(0, vocab, (rows, length), generator=draw)
+    inputs = _inputs(prompt_ids, completion_ids, torch.ones(rows, length, dtype=torch.int64), draw)
+    ids = torch.cat([prompt_ids, completion_ids], dim=1)
+    return Batch(inputs, scored_sequences(ids, torch.ones_like(ids), length))
+
+
+def fork_join_batch(case: str, vocab: int) -> Batch:
+    """Four rollouts of one prompt, two blocks of 3 to 5 threads each; "forkjoin_30k": about that many rows."""
+    scale = float(case.removeprefix("forkjoin_").removesuffix("k")) / 35
+    sizes, ids = np.random.default_rng(0), np.random.default_rng(1)
+
+    def tokens(mean: float, spread: float = 0.4) -> list[int]:
+        return ids.integers(0, vocab, max(2, int(scale * mean * sizes.uniform(1 - spread, 1 + spread)))).tolist()
+
+    prompt = tokens(1024, 0)
+    tries, units = [], []
+    for _ in range(4):
+        context, calls = prompt, []
+        for _ in range(2):
+            opening = tokens(600)
+            calls.append(Unit(context, opening))
+            context = context + opening
+            bodies = [(tokens(8), tokens(500)) for _ in range(sizes.integers(3, 6))]
+            calls += [Unit(context + header, body) for header, body in bodies]
+            context = context + [token for header, body in bodies for token in header + body]
+        calls.append(Unit(context, tokens(700)))
+        units.append(calls)
+        tries.append(ReasoningTrie.from_units(calls))
+    start, length = len(prompt), max(trie.num_tokens for trie in tries) - len(prompt)
+    completion_ids, generated = torch.zeros(2, 4, length, dtype=torch.int64)
+    completion_mask, parents = torch.zeros(4, length, dtype=torch.int64), torch.full((4, length), -2)
+    expanded = ScoredSequences([], [], [])
+    for row, (trie, calls) in enumerate(zip(tries, units, strict=True)):
+        size = trie.num_tokens - start
+        completion_ids[row, :size] = torch.from_numpy(trie.input_ids[start:])
+        completion_mask[row, :size] = 1
+        generated[row, :size] = torch.from_numpy(trie.weights[start:] > 0)
+        parents[row, :size] = torch.from_numpy(np.maximum(trie.parent[start:] - start, -1))
+        for i, call in enumerate(calls):
+            mask = trie.loss_mask(i)
+            expanded.tokens.append(np.concatenate([call.context, call.completion]))
+            expanded.masks.append(mask)
+            expanded.slots.append(row * length + trie.sequence_rows(i)[mask] - start)
+    prompt_ids = torch.tensor(prompt).expand(4, -1)
+    inputs = _inputs(prompt_ids, completion_ids, completion_mask, torch.Generator().manual_seed(0))
+    return Batch(inputs | {"completion_parents": parents, "tool_mask": generated}, expanded)
+
+
+def _inputs(prompt_ids: Tensor, completion_ids: Tensor, mask: Tensor, draw: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": torch.ones_like(prompt_ids),
+        "completion_ids": completion_ids,
+        "completion_mask": mask,
+        "advantages": torch.randn(len(mask), generator=draw),
+        "num_items_in_batch": mask.sum(),
+    }
+
+
+def build(shape: Shape, kind: str, device: torch.device, impl: str) -> GRPOTrainer:
+    """A trainer of `kind` "stock", "trie" or "units" around a random model, the same for each kind."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = Qwen3Config(**shape.config, max_position_embeddings=65536, pad_token_id=0)
+        model = Qwen3ForCausalLM(config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    options: dict[str, Any] = {"attention_impl": impl, "max_tokens_per_forward": 2**20} if kind != "stock" else {}
+    trainer = make_trainer(
+        "stock" if kind == "stock" else "trie",
+        tempfile.mkdtemp(),
+        model=model,
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if shape.lora else None,
+        use_cpu=device.type == "cpu",
+        bf16=device.type == "cuda",
+        **options,
+    )
+    if kind == "units":
+        trainer.__class__ = UnitsTrainer
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    return trainer
+
+
+class Measured(NamedTuple):
+    """One case on one trainer."""
+
+    step_ms: float
+    peak_mib: float | None
+    step_mib: float | None
+    gradient_norm: float
+
+
+def measure(trainer: GRPOTrainer, batch: Batch, repeats: int) -> Measured:
+    """Median time of an update step, memory, and the norm of the first step's gradient."""
+    device = trainer.accelerator.device
+    on_device = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "completion_parents"}
+    inputs = {**batch.inputs, **on_device}
+    if isinstance(trainer, UnitsTrainer):
+        trainer.expanded = batch.expanded
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=device.type == "cuda")
+    cuda = device.type == "cuda"
+    norms, seconds, before = [], [], 0
+    for step in range(repeats + 1):
+        if cuda and step == 1:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        trainer.compute_loss(trainer.model, inputs).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return Measured(
+        1e3 * median(seconds[1:]),
+        peak / 2**20 if cuda else None,
+        (peak - before) / 2**20 if cuda else None,
+        float(norms[0]),
+    )
+
+
+def step_flops(config: Any, work: Work, lora: bool) -> float:
+    """FLOPs of a step with activation checkpointing; frozen weights need no gradient of their own."""
+    once = flops(config, work)
+    linear = 2 + (LINEAR_BACKWARD / 2 if lora else LINEAR_BACKWARD)
+    return linear * once.linear + (2 + ATTENTION_BACKWARD) * once.attention + (1 + LINEAR_BACKWARD) * once.head
+
+
+def run_shape(
+    name: str, cases: list[str], device: torch.device, impls: dict[str, str], repeats: int
+) -> Iterator[dict[str, Any]]:
+    """All records of one shape: each trainer is built once and goes through its cases."""
+    shape = SHAPES[name]
+    config = Qwen3Config(**shape.config)
+    batches = {
+        case: (fork_join_batch if case.startswith("forkjoin") else linear_batch)(case, config.vocab_size)
+        for case in cases
+    }
+    found: dict[str, dict[str, Measured]] = {case: {} for case in cases}
+    for kind in ("stock", "units", "trie"):
+        wanted = [case for case in cases if kind == "trie" or (kind == "units") == case.startswith("forkjoin")]
+        if not wanted:
+            continue
+        trainer = build(shape, kind, device, impls.get(kind, ""))
+        for case in wanted:
+            found[case][kind] = measure(trainer, batches[case], repeats)
+            print(f"{name} {case} {kind} {found[case][kind]}", flush=True)
+        del trainer
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for case, by_kind in found.items():
+        trie, (other_name, other) = by_kind.pop("trie"), *by_kind.items()
+        records = {("trie", field): value for field, value in trie._asdict().items()}
+        records |= {(other_name, field): value for field, value in other._asdict().items()}
+        sequences = batches[case].expanded
+        folded = ReasoningTrie.from_sequences(sequences.tokens, sequences.masks)
+        flop_ratio = step_flops(config, expanded_work(folded), shape.lora) / step_flops(
+            config, trie_work(folded), shape.lora
+        )
+        speedup = other.step_ms / trie.step_ms
+        records |= {
+            ("trie", "sharing_ratio"): folded.sharing_ratio,
+            ("trie", "flop_ratio"): flop_ratio,
+            ("trie", "speedup"): speedup,
+            ("trie", "sharing_efficiency"): speedup / flop_ratio,
+            ("trie", "gradient_norm_difference"): abs(trie.gradient_norm / other.gradient_norm - 1),
+        }
+        if trie.peak_mib and other.peak_mib and trie.step_mib and other.step_mib:
+            records["trie", "memory_ratio"] = other.peak_mib / trie.peak_mib
+            records["trie", "step_memory_ratio"] = other.step_mib / trie.step_mib
+        units = {"step_ms": "ms", "peak_mib": "MiB", "step_mib": "MiB"}
+        for (impl, metric), value in records.items():
+            if value is not None:
+                if impl == "trie":
+                    print(f"{name} {case} {metric} {value:.5g}", flush=True)
+                yield {
+                    "case": f"{name}/{case}",
+                    "impl": impl,
+                    "metric": metric,
+                    "value": round(value, 6),
+                    "unit": units.get(metric, ""),
+                }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the shapes and write the results after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="qwen3_4b_lora,qwen3_0.6b_full", help="comma-separated")
+    parser.add_argument("--cases", help="comma-separated; default: those of the shape")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps")
+    parser.add_argument("--impl", help="implementation of the trie run; default triton, dense with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="toy models on the CPU")
+    parser.add_argument("--out", default="grpo", help="a .json file; default benchmarks/results/grpo-<device>.json")
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    device = torch.device("cpu" if args.tiny else "cuda")
+    impls = {"trie": args.impl or ("dense" if args.tiny else "triton"), "units": "varlen"}
+    records: list[dict[str, Any]] = []
+    for name in ("tiny_lora", "tiny_full") if args.tiny else args.shapes.split(","):
+        cases = args.cases.split(",") if args.cases else CASES[name]
+        records += run_shape(name, cases, device, impls, args.repeats)
+        command = "python -m benchmarks.bench_grpo " + " ".join(sys.argv[1:] if argv is None else argv)
+        path: str | Path = args.out
+        write_records(path, records, command=command, seed=0, device=device.type)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
