@@ -24,6 +24,7 @@ from tw_core import TagIds
 from tw_recipes.decoding.engine import Engine
 from tw_recipes.decoding.rollout import Rollout
 from tw_recipes.evaluation.grading import Grader
+from tw_recipes.grpo.epoch_sampler import EpochRepeatSampler
 from tw_recipes.grpo.pgrpo_config import PGRPOConfig
 from tw_recipes.grpo.pgrpo_metrics import batch_metrics, write_rollouts
 from tw_recipes.grpo.rollout_source import RolloutSource, make_engine
@@ -126,6 +127,17 @@ class PGRPOTrainer(TrieGRPOTrainer):
         self._eval_batches = 0
         self._generated_at = 0
         self._sampled: tuple[Tensor, Tensor] | None = None
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
+        stock = super()._get_train_sampler(dataset)
+        return EpochRepeatSampler(
+            data_source=stock.data_source,
+            mini_repeat_count=stock.mini_repeat_count,
+            batch_size=stock.batch_size,
+            repeat_count=stock.repeat_count,
+            shuffle=stock.shuffle,
+            seed=stock.seed,
+        )
 
     def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """TRL's rollout_func: this process's prompts, each repeated once a generation -> rows of the batch."""

@@ -11,13 +11,14 @@ from tests.support.pgrpo import (
     by_place,
     exact_head,
     failing,
+    finished_units,
     formula_gradients,
     pgrpo_trainer,
     policy,
     scripted,
     tokenizer,
 )
-from tw_core import Unit, encode_units
+from tw_core import Unit
 
 
 def units_of(prompt: str, text: str, forking: bool = True) -> list[Unit]:
@@ -25,8 +26,7 @@ def units_of(prompt: str, text: str, forking: bool = True) -> list[Unit]:
     ids, eos = tokenizer().encode(prompt, add_special_tokens=False), tokenizer().eos_token_id
     if not forking:
         return [Unit(ids, [*tokenizer().encode(text, add_special_tokens=False), eos])]
-    units = encode_units(text, tokenizer(), prompt)
-    return [*units[:-1], Unit(units[-1].context, [*units[-1].completion, eos])]
+    return finished_units(prompt, text)
 
 
 def reward_of(text: str, forking: bool = True) -> float:
