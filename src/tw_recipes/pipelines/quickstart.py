@@ -196,7 +196,7 @@ class _Run:
             yield lambda done, figures: progress.update(handle, completed=done, figures=figures)
 
 
-def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:
+def quietly(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run with the libraries' own progress bars and warnings off, and put them back."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -219,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `quickstart` from flags; 0 when every stage ran, 1 otherwise."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        _quietly(tyro.cli)(quickstart, args=list(argv), prog="threadweaver quickstart", description=quickstart.__doc__)
+        quietly(tyro.cli)(quickstart, args=list(argv), prog="threadweaver quickstart", description=quickstart.__doc__)
     except (StageError, ValueError) as error:
         print(f"threadweaver quickstart: {error}", file=sys.stderr)
         return 1

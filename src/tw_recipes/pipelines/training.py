@@ -1,10 +1,11 @@
 """Training of the tiny models: TRL's SFTTrainer on whole sequences, TrieSFTTrainer on packed tries, same options.
 
-Both take rows {"prompt", "text"} in the order given, each once, eight a step: the sequential model as stock TRL trains
-it, the fork/join model as a forest of eight tries a step.
+Both take rows {"prompt", "text"} in the order given, each once, eight a step unless told otherwise: the sequential
+model as stock TRL trains it, the fork/join model as a forest of that many tries a step.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from tw_recipes.sft.trainer import TrieSFTTrainer
 BATCH = 8
 MUON_LR, ADAMW_LR = 0.02, 4e-3
 
-Row = Mapping[str, str]
+Row = Mapping[str, Any]
 OnStep = Callable[[int, str], None]
 """Called with the steps done and a line of figures."""
 
@@ -54,31 +55,34 @@ def train(
     folder: Path,
     seed: int,
     lr_scale: float = 1.0,
+    batch: int = BATCH,
     on_step: OnStep | None = None,
 ) -> Trained:
     """Train `model` in place, one pass over `rows`.
 
     Args:
-        model: Stays usable as it was: what training installs on it is removed.
+        model: Stays usable as it was: what training installs on it is removed. On a GPU it trains in bfloat16.
         tokenizer: Of the rows' text.
-        rows: A multiple of `BATCH` of them.
+        rows: A multiple of `batch` of them.
         tries: Train on packed tries; False trains each text as one sequence.
         folder: For the trainer; nothing is kept there.
         seed: Of the trainer.
         lr_scale: Of both learning rates.
+        batch: Rows of a step.
         on_step: For progress display.
 
     Raises:
         ValueError: `rows` does not divide into batches.
     """
-    if not rows or len(rows) % BATCH:
-        raise ValueError(f"rows must be a positive multiple of {BATCH}, got {len(rows)}")
-    steps = len(rows) // BATCH
+    if not rows or len(rows) % batch:
+        raise ValueError(f"rows must be a positive multiple of {batch}, got {len(rows)}")
+    steps = len(rows) // batch
+    on_cpu = model.device.type == "cpu"
     optimizer = MuonAdamW(model, muon_lr=MUON_LR * lr_scale, adamw_lr=ADAMW_LR * lr_scale)
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": batch,
         "learning_rate": 1.0,  # unused: the optimizer brings its own two, which the schedule scales
         # Constant, then linear over the second half: a cosine freezes a run that leaves a plateau late.
         "lr_scheduler_type": "warmup_stable_decay",
@@ -90,8 +94,9 @@ def train(
         "disable_tqdm": True,
         "report_to": [],
         "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": on_cpu,
+        "bf16": not on_cpu,
+        "dataset_num_proc": None if on_cpu or len(rows) < 1000 else min(16, os.cpu_count() or 1),
         "seed": seed,
         **_compat.no_checkpointing(),
     }
@@ -101,7 +106,8 @@ def train(
     with _quiet_datasets(), contextlib.redirect_stdout(None):
         if tries:
             # Short segments, many of them: on a CPU one by one is faster than the mask over the whole forest.
-            args = TrieSFTConfig(**options, pack_samples=False, attention_impl="varlen")
+            impl = "varlen" if on_cpu else "auto"
+            args = TrieSFTConfig(**options, pack_samples=False, attention_impl=impl)
             trainer: SFTTrainer = TrieSFTTrainer(model, args, train_dataset=Dataset.from_list(list(rows)), **kwargs)
         else:
             plain = Dataset.from_list([{"prompt": row["prompt"], "completion": row["text"]} for row in rows])

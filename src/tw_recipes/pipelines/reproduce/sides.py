@@ -1,0 +1,325 @@
+"""The stages of one side, sequential or fork/join, from the common start to the evaluation of its last model.
+
+    sft ─► self_training_1 … ─► rl          each followed by a stage that decodes and grades held-out problems
+                                 └─► wall_clock
+
+Both sides see the same problems in the same number of steps. As a program this module makes one side's stages on one
+thread, so that two sides use two cores; every result is in the stages' files.
+Tests: tests/recipes/pipelines/test_reproduce.py.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, set_seed
+
+from tw_recipes import _compat
+from tw_recipes.attention import uninstall
+from tw_recipes.datagen.self_training import self_train_select
+from tw_recipes.decoding.engine import Sampling
+from tw_recipes.grpo.pgrpo_config import PGRPOConfig
+from tw_recipes.grpo.pgrpo_trainer import PGRPOTrainer
+from tw_recipes.pipelines.quickstart import quietly
+from tw_recipes.pipelines.reproduce import measure, rows
+from tw_recipes.pipelines.reproduce.rows import Side
+from tw_recipes.pipelines.reproduce.settings import Settings
+from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, OutOfTime, Stage, StageError, Stages, told
+from tw_recipes.pipelines.training import Trained, train
+from tw_recipes.tasks.model import tiny_model
+
+RL_CURVE = {
+    "reward": "reward",
+    "accuracy": "accuracy",
+    "token_latency": "rollout/token_latency",
+    "total_tokens": "rollout/total_tokens",
+    "activation_ratio": "rollout/activation_ratio",
+    "acceleration": "rollout/acceleration",
+    "format_correctness": "rollout/format_correctness",
+}
+
+
+@dataclass(frozen=True)
+class SideResult:
+    """The stages of one side.
+
+    Attributes:
+        trained: Stages that trained a model, in order: sft, self_training_…, rl.
+        evaluated: The evaluation of each of them.
+        clock: Wall clock of the last one.
+    """
+
+    trained: tuple[Stage, ...]
+    evaluated: tuple[Stage, ...]
+    clock: Stage
+
+
+class Worker:
+    """Makes stages with one set of settings.
+
+    Args:
+        settings: Of the run.
+        stages: Where they are kept.
+    """
+
+    def __init__(self, settings: Settings, stages: Stages):
+        self.settings, self.stages = settings, stages
+        self.task = settings.make_task()
+        self.tokenizer = self.task.tokenizer()
+        self.base = {
+            "task": settings.task,
+            "seed": settings.seed,
+            "device": settings.device,
+            "model": asdict(settings.model),
+        }
+        self._held_out: list[dict[str, str]] | None = None
+
+    @property
+    def held_out(self) -> list[dict[str, str]]:
+        """Problems that no training set holds."""
+        if self._held_out is None:
+            self._held_out = rows.held_out_problems(self.settings)
+        return self._held_out
+
+    def start(self) -> Stage:
+        """The common start of both sides: random weights, trained on sequential solutions if the settings say so."""
+        settings, steps = self.settings, self.settings.training.start_steps
+
+        def work(folder: Path) -> dict[str, Any]:
+            model = tiny_model(self.tokenizer, seed=settings.seed, **asdict(settings.model))
+            done: dict[str, Any] = {"parameters": model.num_parameters()}
+            if steps:
+                model = model.to(settings.device)
+                done |= self._train(model, rows.training_rows(settings, "sequential", first=0, steps=steps), folder)
+            return self._save(model, folder) | done
+
+        depends = {**self.base, "batch": settings.training.batch, "steps": steps}
+        return self.stages.run("start", depends, work)
+
+    def side(self, side: Side) -> SideResult:
+        """Every stage of one side."""
+        fork = side == "forkjoin"
+        sft = self._sft(side)
+        trained = [sft]
+        for round in range(self.settings.self_training.rounds):
+            trained.append(self._self_training(side, round, trained[-1]))
+        trained.append(self._reinforcement(side, trained[-1]))
+        evaluated = tuple(self._evaluation(side, stage) for stage in trained)
+        return SideResult(tuple(trained), evaluated, self._clock(side, trained[-1], fork=fork))
+
+    def _sft(self, side: Side) -> Stage:
+        settings, training = self.settings, self.settings.training
+        start = self.start()
+        own = {"nested": settings.nested, "sequential_share": training.sequential_share, "leaky": training.leaky_loss}
+
+        def work(folder: Path) -> dict[str, Any]:
+            made = rows.training_rows(settings, side, first=training.start_steps, steps=training.steps)
+            return self._go_on(side, start, made, folder, training.second_lr if training.start_steps else 1.0)
+
+        depends = {
+            "start": start.key,
+            "steps": training.steps,
+            "lr": training.second_lr,
+            **(own if side == "forkjoin" else {}),
+        }
+        return self.stages.run(f"{side}-sft", depends, work)
+
+    def _self_training(self, side: Side, round: int, before: Stage) -> Stage:
+        settings, options = self.settings, self.settings.self_training
+
+        def work(folder: Path) -> dict[str, Any]:
+            problems = rows.self_training_problems(settings, round)
+            found = measure.decode(
+                self._load(before),
+                self.tokenizer,
+                problems,
+                folder / "trajectories.jsonl",
+                limits=self._limits(side),
+                sampling=Sampling(temperature=options.temperature, seed=settings.seed + round),
+            )
+            # The share of sequential responses is what the model wrote: reinforcement learning changes it, not we.
+            kept = self_train_select(found, self.task.grader(), end=self.tokenizer.eos_token, max_sequential_share=1.0)
+            # Where nothing is fit to be kept the model stays as it is: "kept" and "steps" in the report say so.
+            count = options.steps * settings.training.batch if kept.rows else 0
+            chosen = rows.cycled(kept.rows, count, settings.seed)
+            shares = {
+                "decoded": len(found),
+                "kept": len(kept.rows),
+                "dropped": dict(kept.dropped),
+                "format_correctness": sum(t["format_ok"] and t["status"] == "done" for t in found) / len(found),
+            }
+            return self._go_on(side, before, chosen, folder, options.lr) | shares
+
+        depends = {"before": before.key, **{k: v for k, v in asdict(options).items() if k != "rounds"}}
+        if side == "forkjoin":
+            depends["leaky"] = settings.training.leaky_loss
+        return self.stages.run(f"{side}-self_training_{round + 1}", depends, work)
+
+    def _reinforcement(self, side: Side, before: Stage) -> Stage:
+        settings, options = self.settings, self.settings.reinforcement
+
+        def work(folder: Path) -> dict[str, Any]:
+            model = self._load(before)
+            problems = rows.reinforcement_problems(settings)
+            trainer = self._grpo_trainer(side, model, problems, folder)
+            with contextlib.redirect_stdout(None):
+                trainer.train()
+            uninstall(model)
+            curve = {
+                name: [entry[key] for entry in trainer.state.log_history if key in entry]
+                for name, key in RL_CURVE.items()
+            }
+            return self._save(model, folder) | {"steps": trainer.state.global_step, "curve": curve}
+
+        depends = {"before": before.key, **asdict(options)}
+        if side == "sequential":  # no forks, so no bonus
+            depends = {k: v for k, v in depends.items() if k not in ("rho", "eta_max")}
+        return self.stages.run(f"{side}-rl", depends, work)
+
+    def _grpo_trainer(self, side: Side, model: Any, problems: Sequence[Mapping[str, str]], folder: Path) -> Any:
+        options, limits, on_cpu = self.settings.reinforcement, self._limits(side), self.settings.device == "cpu"
+        args = PGRPOConfig(
+            output_dir=str(folder / "trainer"),
+            forking=side == "forkjoin",
+            max_steps=options.steps,
+            learning_rate=options.lr,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=min(2, options.steps - 1),
+            per_device_train_batch_size=options.prompts * options.generations,
+            gradient_accumulation_steps=1,
+            steps_per_generation=1,
+            num_generations=options.generations,
+            max_completion_length=limits.max_total_tokens,
+            max_thread_tokens=limits.max_thread_tokens,
+            max_depth=max(limits.max_depth, 1),
+            acceleration_rho=options.rho,
+            acceleration_max=options.eta_max,
+            scale_rewards="group" if options.std_normalisation else "none",
+            rollout_engine="lockstep",
+            attention_impl="varlen" if on_cpu else "auto",
+            max_tokens_per_forward=32_768 if on_cpu else 65_536,
+            beta=0.0,
+            temperature=1.0,
+            max_grad_norm=1.0,
+            seed=self.settings.seed,
+            use_cpu=on_cpu,
+            bf16=not on_cpu,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            report_to=[],
+            shuffle_dataset=False,
+            **_compat.no_checkpointing(),
+        )
+        data = Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in problems])
+        return PGRPOTrainer(model, args, data, processing_class=self.tokenizer, grader=self.task.grader())
+
+    def _evaluation(self, side: Side, stage: Stage) -> Stage:
+        def work(folder: Path) -> dict[str, Any]:
+            found = measure.decode(
+                self._load(stage),
+                self.tokenizer,
+                self.held_out,
+                folder / "trajectories.jsonl",
+                limits=self._limits(side),
+            )
+            return measure.figures(found, self.held_out, self.task.grader())
+
+        depends = {"model": stage.key, "problems": self.settings.evaluation.problems, "nested": self.settings.nested}
+        return self.stages.run(f"{stage.name}-evaluation", depends, work)
+
+    def _clock(self, side: Side, stage: Stage, *, fork: bool) -> Stage:
+        options = self.settings.evaluation
+
+        def work(folder: Path) -> dict[str, Any]:
+            return {
+                "threads": torch.get_num_threads(),
+                "seconds_per_problem": measure.wall_clock(
+                    self._load(stage),
+                    self.tokenizer,
+                    self.held_out,
+                    limits=self._limits(side),
+                    batches=options.batches,
+                    timed=options.timed,
+                ),
+            }
+
+        return self.stages.run(
+            f"{side}-wall_clock", {"model": stage.key, "batches": options.batches, "timed": options.timed}, work
+        )
+
+    def _limits(self, side: Side) -> Any:
+        return measure.limits_for(self.held_out[:64], self.tokenizer, fork=side == "forkjoin")
+
+    def _go_on(self, side: Side, before: Stage, made: Sequence[Mapping[str, Any]], folder: Path, lr: float) -> Any:
+        """Train the model of an earlier stage on rows and save it."""
+        model = self._load(before)
+        done = self._train(model, made, folder, tries=side == "forkjoin", lr_scale=lr)
+        return self._save(model, folder) | done
+
+    def _train(
+        self,
+        model: Any,
+        made: Sequence[Mapping[str, Any]],
+        folder: Path,
+        *,
+        tries: bool = False,
+        lr_scale: float = 1.0,
+    ) -> dict[str, Any]:
+        settings = self.settings
+        if not made:
+            return Trained(0, 0, 0, [])._asdict()
+        # On a GPU plain texts too are tries of one branch: packed without padding, by the same kernel.
+        tries = tries or settings.device != "cpu"
+        plain = [{"prompt": row["prompt"], "text": row["text"]} for row in made]
+        chosen: Sequence[Mapping[str, Any]] = plain
+        if settings.training.leaky_loss and any("<Parallel>" in row["text"] for row in plain):
+            chosen = rows.leaky_rows(plain, self.tokenizer)
+        done: Trained = train(
+            model,
+            self.tokenizer,
+            chosen,
+            tries=tries,
+            folder=folder / "trainer",
+            seed=settings.seed,
+            lr_scale=lr_scale,
+            batch=settings.training.batch,
+        )
+        return done._asdict()
+
+    def _load(self, stage: Stage) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(stage.model, dtype=torch.float32)
+        return model.to(self.settings.device).eval()
+
+    def _save(self, model: Any, folder: Path) -> dict[str, Any]:
+        model.save_pretrained(folder / "model")
+        self.tokenizer.save_pretrained(folder / "model")
+        return {}
+
+
+def main(argv: Sequence[str]) -> int:
+    """`SETTINGS.json OUT SIDE THREADS [MINUTES]`: make one side's stages. Started by `reproduce`, not by users."""
+    settings = Settings.from_json(json.loads(Path(argv[0]).read_text(encoding="utf-8")))
+    side = next(name for name in rows.SIDES if name == argv[2])
+    torch.set_num_threads(int(argv[3]))
+    set_seed(settings.seed)
+    minutes = float(argv[4]) if len(argv) > 4 else None
+    stages = Stages(Path(argv[1]), minutes=minutes, around=told)
+    try:
+        quietly(Worker(settings, stages).side)(side)
+    except OutOfTime:
+        return OUT_OF_TIME
+    except StageError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
