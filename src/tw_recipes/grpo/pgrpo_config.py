@@ -127,7 +127,7 @@ class PGRPOConfig(TrieGRPOConfig):
             raise ValueError(
                 f"rollout_retries and retry_wait_s must be >= 0, got {self.rollout_retries} and {self.retry_wait_s}"
             )
-        if self.temperature != 1.0 and self.temperature <= 0:
+        if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}: groups need different responses")
         if self.repetition_penalty != 1.0 or self.min_p:
             raise ValueError("repetition_penalty and min_p are not known to the engines; leave them at their defaults")
