@@ -143,8 +143,8 @@ def published_rows(results: Mapping[str, Any]) -> Rows:
 
 PUBLISHED_HEADS = ("", "accuracy, sequential", "accuracy, parallel", "tokens, sequential", "critical path", "speedup")
 DIFFERENCES = (
-    "Ours trains a small model from scratch, on digits with labels that make copying a look-up; theirs fine-tunes "
-    "Qwen3-8B, and their public reproduction a small pretrained model, in ordinary notation.",
+    "Ours trains a small model from scratch, on digits with labels that make copying a look-up; the paper fine-tunes "
+    "Qwen3-8B on text.",
     "Both of our sides start from the same weights, see the same problems and take the same number of steps. A "
     "fork/join problem has more tokens (tags, outlines, joined copies), so equal steps are not equal tokens.",
     "Ours trains each generated token once, from its parent in the trie; the published code also puts loss on injected "

@@ -1,0 +1,180 @@
+"""`threadweaver reproduce` end to end with a model of one layer: stages, files, report, going on, the run repeated."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tw_recipes import cli
+from tw_recipes.pipelines.quickstart import quietly
+from tw_recipes.pipelines.reproduce import command, report
+from tw_recipes.pipelines.reproduce.settings import (
+    PRESETS,
+    Evaluation,
+    ModelSize,
+    Reinforcement,
+    SelfTraining,
+    Settings,
+    Training,
+)
+from tw_recipes.pipelines.reproduce.stages import StageError
+from tw_recipes.rollout import read_trajectories
+from tw_recipes.tasks.model import tiny_model
+
+TINY = Settings(
+    threads=1,
+    at_once=False,
+    model=ModelSize(hidden_size=16, layers=1, heads=2, context=700),
+    training=Training(batch=4, start_steps=1, steps=2),
+    self_training=SelfTraining(rounds=1, prompts=2, steps=1),
+    reinforcement=Reinforcement(steps=1, prompts=2, generations=2),
+    evaluation=Evaluation(problems=3, batches=(1, 2), timed=1),
+)
+REPRODUCE = quietly(command.reproduce)  # the command's own way: libraries' warnings are off
+STAGES = ("sft", "self_training_1", "rl")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reproduce")
+    REPRODUCE(TINY, out)
+    return out
+
+
+def test_results_have_every_stage_of_both_sides(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    assert Settings.from_json(results["settings"]) == TINY
+    for side in ("sequential", "forkjoin"):
+        stages = results["sides"][side]["stages"]
+        assert [stage["name"] for stage in stages] == list(STAGES)
+        assert [stage["training"]["steps"] for stage in stages][::2] == [2, 1]
+        assert {stage["problems"] for stage in stages} == {3}
+        assert set(results["sides"][side]["seconds_per_problem"]) == {"1", "2"}
+    assert len(results["speedup"]["per_problem"]) == 3
+    assert set(results["speedup"]["wall"]) == {"1", "2"}
+    assert results["start"]["steps"] == 1
+    training = [results["sides"][side]["stages"][0]["training"] for side in ("sequential", "forkjoin")]
+    assert training[0]["tokens"] == 8 * 461  # the problems of the same two steps: prompt, solution, end
+    assert training[1]["tokens"] > training[0]["tokens"]
+
+
+def test_stages_leave_models_and_trajectories(run: Path) -> None:
+    folders = {folder.name.rsplit("-", 1)[0]: folder for folder in (run / "stages").iterdir()}
+    assert len(folders) == 1 + 2 * (2 * 3 + 1)
+    weights = {}
+    for name in ("start", "sequential-sft", "forkjoin-sft", "forkjoin-rl"):
+        model = AutoModelForCausalLM.from_pretrained(folders[name] / "model")
+        weights[name] = model.model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(weights["start"], weights["forkjoin-sft"])
+    assert not torch.equal(weights["sequential-sft"], weights["forkjoin-sft"])
+    assert len(list(read_trajectories(folders["forkjoin-rl-evaluation"] / "trajectories.jsonl"))) == 3
+    assert sum(1 for _ in (folders["forkjoin-rl"] / "trainer" / "rollouts").iterdir()) >= 1
+
+
+def test_report_has_its_parts(run: Path) -> None:
+    text = (run / "report.md").read_text()
+    for words in (
+        "| accuracy on held-out problems |",
+        "| problems in flight | sequential | fork/join | speedup |",
+        "| fork/join | self_training_1 |",
+        "| published: public reproduction",
+        "What differs from the published runs:",
+        "Changed from the method: none",
+    ):
+        assert words in text
+    html = (run / "report.html").read_text()
+    assert html.count("<svg") == 5
+    assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    for plot in ("accuracy_latency", "training", "reinforcement", "speedup", "wall_clock"):
+        assert (run / f"{plot}.png").stat().st_size > 5_000
+    assert (run / "examples.html").read_text().count("<details") == 6
+
+
+def test_a_second_run_makes_nothing_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("stage.json")}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a finished run trains nothing")
+
+    monkeypatch.setattr("tw_recipes.pipelines.reproduce.sides.train", fail)
+    monkeypatch.setattr("tw_recipes.pipelines.reproduce.sides.measure.decode", fail)
+    REPRODUCE(TINY, run)
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("stage.json")} == before
+
+
+def test_an_ablation_shares_what_it_does_not_change(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = replace(TINY, reinforcement=replace(TINY.reinforcement, rho=0.0))
+    made: list[str] = []
+
+    def stop(self: Any, side: str, *args: Any) -> None:
+        made.append(side)
+        raise ArithmeticError("far enough")
+
+    monkeypatch.setattr("tw_recipes.pipelines.reproduce.sides.Worker._grpo_trainer", stop)
+    with pytest.raises(StageError, match="stage forkjoin-rl failed: ArithmeticError: far enough"):
+        REPRODUCE(changed, run)
+    assert made == ["forkjoin"]  # the sequential side has no acceleration to weigh; nothing before changed
+
+
+def test_time_that_is_used_up_ends_with_its_own_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["reproduce", "--out", str(tmp_path), "--minutes", "0", "--scale", "0.001", "--threads", "1"]
+    assert cli.main(words) == 3
+    assert "the time is used up before the stage start; run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rounds", "3"], "rounds must be 0, 1 or 2, got 3"),
+        (["--nested"], "nested=True needs the task multiply"),
+        (["--task", "sums"], "task must be one of products, multiply, adaptive, got 'sums'"),
+    ],
+)
+def test_flags_out_of_range(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reproduce", "--out", str(tmp_path), *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_gpu_presets_model_is_within_the_announced_size() -> None:
+    preset = PRESETS["h100"]
+    tokenizer = preset.make_task().tokenizer()
+    with torch.device("meta"):
+        parameters = tiny_model(tokenizer, **vars(preset.model)).num_parameters()
+    assert 20e6 < parameters < 150e6
+    longest = max(len(tokenizer.encode(row["text"])) for row in preset.make_task().rows(40, seed=0))
+    assert 1.2 * longest < preset.model.context
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_run_one_side_after_the_other_or_both_at_once(run: Path, tmp_path: Path) -> None:
+    REPRODUCE(replace(TINY, at_once=True), tmp_path)
+    one, two = (json.loads((out / "results.json").read_text()) for out in (run, tmp_path))
+    assert report.summary_rows(one) == report.summary_rows(two)
+
+    def figures(out: Path) -> dict[str, Any]:
+        return {
+            file.parent.name: json.loads(file.read_text())["figures"]
+            for file in out.rglob("stage.json")
+            if "wall_clock" not in file.parent.name
+        }
+
+    assert figures(run) == figures(tmp_path)
+    texts = [
+        {f.parent.name: sorted(row["text"] for row in read_trajectories(f)) for f in out.rglob("trajectories.jsonl")}
+        for out in (run, tmp_path)
+    ]
+    assert texts[0] == texts[1]

@@ -1,0 +1,150 @@
+"""Stages of `reproduce`: done once, gone on with after a kill, remade when settings change; rows."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.arithmetic import holds_true_equations
+from tw_core import ReasoningTrie
+from tw_recipes.pipelines.reproduce import rows
+from tw_recipes.pipelines.reproduce.command import settings_of
+from tw_recipes.pipelines.reproduce.settings import PRESETS, Settings, Training, fingerprint
+from tw_recipes.pipelines.reproduce.stages import OutOfTime, StageError, Stages
+from tw_recipes.sft.rows import row_to_trie
+from tw_recipes.tasks import get_task
+
+
+def test_a_stage_is_made_once_and_again_for_other_settings(tmp_path: Path) -> None:
+    calls: list[Path] = []
+
+    def work(folder: Path) -> dict[str, Any]:
+        calls.append(folder)
+        return {"value": len(calls)}
+
+    first = Stages(tmp_path).run("sft", {"seed": 0}, work)
+    again = Stages(tmp_path).run("sft", {"seed": 0}, work)
+    other = Stages(tmp_path).run("sft", {"seed": 1}, work)
+    assert (first.figures, again.figures, other.figures) == ({"value": 1}, {"value": 1}, {"value": 2})
+    assert first == again
+    assert first.folder != other.folder
+    assert json.loads((first.folder / "stage.json").read_text())["depends_on"] == {"seed": 0}
+
+
+def test_a_stage_that_was_killed_is_made_again_in_its_folder(tmp_path: Path) -> None:
+    def dies(folder: Path) -> dict[str, Any]:
+        (folder / "trajectories.jsonl").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Stages(tmp_path).run("decode", {}, dies)
+    done = Stages(tmp_path).run("decode", {}, lambda folder: {"found": (folder / "trajectories.jsonl").read_text()})
+    assert done.figures == {"found": "half"}
+
+
+def test_a_failure_names_the_stage_and_leaves_it_undone(tmp_path: Path) -> None:
+    def fails(folder: Path) -> dict[str, Any]:
+        raise FloatingPointError("the loss is not finite")
+
+    with pytest.raises(StageError, match="stage rl failed: FloatingPointError: the loss is not finite"):
+        Stages(tmp_path).run("rl", {}, fails)
+    assert not list(tmp_path.rglob("stage.json"))
+
+
+def test_figures_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Stages(tmp_path).run("sft", {}, lambda folder: {"loss": float("nan")})
+    assert not list(tmp_path.rglob("stage.json"))
+
+
+def test_time_stops_before_a_stage_but_not_before_one_that_is_done(tmp_path: Path) -> None:
+    Stages(tmp_path).run("sft", {}, lambda folder: {})
+    late = Stages(tmp_path, minutes=-1)
+    assert late.run("sft", {}, lambda folder: {}).figures == {}
+    with pytest.raises(OutOfTime, match="before the stage rl; run the same command again"):
+        late.run("rl", {}, lambda folder: {})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_survive_json(preset: str) -> None:
+    settings = replace(PRESETS[preset], seed=3)
+    assert Settings.from_json(json.loads(json.dumps(settings.as_json()))) == settings
+
+
+def test_one_flag_an_ablation() -> None:
+    base = settings_of("cpu")
+    assert base == PRESETS["cpu"]
+    changed = {
+        "std_normalisation": settings_of("cpu", std_normalisation=True).reinforcement.std_normalisation,
+        "leaky": settings_of("cpu", leaky_loss=True).training.leaky_loss,
+        "rho": settings_of("cpu", rho=0.0).reinforcement.rho,
+        "rounds": settings_of("cpu", rounds=2).self_training.rounds,
+        "nested": settings_of("h100", nested=True).nested,
+    }
+    assert changed == {"std_normalisation": True, "leaky": True, "rho": 0.0, "rounds": 2, "nested": True}
+    small = settings_of("cpu", scale=0.001)
+    assert (small.training.start_steps, small.training.steps, small.evaluation.problems) == (1, 1, 4)
+    assert settings_of("h100", scale=0.001).training.start_steps == 0  # none stays none
+    for words, message in (
+        ({"rounds": 3}, "rounds must be 0, 1 or 2, got 3"),
+        ({"nested": True}, "nested=True needs the task multiply, got 'products'"),
+        ({"scale": 0}, "scale must be in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings_of("cpu", **words)
+    with pytest.raises(ValueError, match="preset must be one of cpu, h100, got 'tpu'"):
+        settings_of("tpu")
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+
+
+def test_sides_have_the_same_problems_and_uses_do_not_overlap() -> None:
+    settings = replace(PRESETS["cpu"], training=Training(batch=8, start_steps=4, steps=30, sequential_share=0.3))
+    plain = rows.training_rows(settings, "sequential", first=4, steps=30)
+    mixed = rows.training_rows(settings, "forkjoin", first=4, steps=30)
+    assert [row["prompt"] for row in plain] == [row["prompt"] for row in mixed]
+    assert not any("<Parallel>" in row["text"] for row in plain)
+    assert 0.6 < sum("<Parallel>" in row["text"] for row in mixed) / 240 < 0.8
+    start = rows.training_rows(settings, "sequential", first=0, steps=4)
+    uses = [start, plain, *(rows.self_training_problems(settings, r) for r in (0, 1))]
+    uses += [rows.reinforcement_problems(settings), rows.held_out_problems(settings)]
+    prompts = [{row["prompt"] for row in use} for use in uses]
+    assert sum(map(len, prompts)) == len(set().union(*prompts)) == sum(map(len, uses))
+
+
+def test_cycled_rows_come_equally_often_in_an_order_of_the_seed() -> None:
+    made = rows.cycled([{"n": i} for i in range(5)], 13, seed=1)
+    counts = np.bincount([row["n"] for row in made])
+    assert counts.sum() == 13
+    assert set(counts) == {2, 3}
+    assert made == rows.cycled([{"n": i} for i in range(5)], 13, seed=1)
+    assert made != rows.cycled([{"n": i} for i in range(5)], 13, seed=2)
+    assert rows.cycled([], 0, seed=0) == []
+
+
+def test_leaky_rows_train_every_token_after_the_prompt_once() -> None:
+    task = get_task("products")
+    tokenizer = task.tokenizer()
+    (row,) = task.rows(1, seed=0)
+    (leaky,) = rows.leaky_rows([row], tokenizer)
+    ours, theirs = row_to_trie(row, tokenizer), row_to_trie(leaky)
+    prompt = len(tokenizer.encode(row["prompt"]))
+    np.testing.assert_array_equal(ours.input_ids, theirs.input_ids)  # the same tokens are computed
+    np.testing.assert_array_equal(ours.parent, theirs.parent)
+    assert (theirs.weights[:prompt] == 0).all()
+    assert (theirs.weights[prompt:] == 1).all()
+    # What is trained in addition: three headers beside the path, the header on it, three joined copies, the newline.
+    extra = int(theirs.weights.sum() - ours.weights.sum())
+    body = len(tokenizer.encode(row["text"].split("<Thread>\n2:")[1].split("<Thread>")[0]))
+    assert ours.weights.sum() == len(tokenizer.encode(row["text"])) + 1 - 4 * 4 - 1 - 1
+    assert extra > 3 * body
+    whole = ReasoningTrie.from_sequences(leaky["sequences"])
+    assert theirs.num_tokens == whole.num_tokens
+
+
+def test_equations_helper_finds_a_wrong_one() -> None:
+    assert holds_true_equations("2 * 3 = 6 = 1 + 5") == 2
+    with pytest.raises(AssertionError, match=r"2 \* 3 = 7"):
+        holds_true_equations("x 2 * 3 = 7")
