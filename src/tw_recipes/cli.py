@@ -26,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "generate-data": Command(
         "tw_recipes.datagen.command", "fork/join training data from sequential traces, and rounds of self-training"
     ),
+    "grpo": Command("tw_recipes.grpo.command", "reinforcement learning on fork/join rollouts: P-GRPO and its baseline"),
     "inspect": Command("tw_recipes.viewer.inspect", "what a file of trajectories holds: format, lengths, tries"),
     "quickstart": Command("tw_recipes.pipelines.quickstart", "make data, train both models, decode, compare (CPU)"),
     "reproduce": Command(

@@ -37,18 +37,12 @@ class PGRPOConfig(TrieGRPOConfig):
         default="auto",
         metadata={
             "help": 'Who decodes: "lockstep" and "transformers" run the trained model in this process, "server" the '
-            'servers of rollout_base_urls. "auto": server if use_vllm or rollout_base_urls is set, else lockstep on a '
-            "CPU and transformers on a GPU."
-        },
-    )
-    rollout_base_urls: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "OpenAI-compatible servers (…/v1), replicas of one another. Default: the server of use_vllm."
+            'vLLM server of use_vllm, whose weights TRL keeps in step. "auto": server if use_vllm is set, else '
+            "lockstep on a CPU and transformers on a GPU."
         },
     )
     rollout_model_name: str | None = field(
-        default=None, metadata={"help": "Name of the model on the servers. Default: the name it was loaded by."}
+        default=None, metadata={"help": "Name of the model on the server. Default: the name it was loaded by."}
     )
     max_thread_tokens: int | None = field(
         default=None, metadata={"help": "Tokens of a thread. Default: max_completion_length."}
@@ -106,10 +100,11 @@ class PGRPOConfig(TrieGRPOConfig):
         super().__post_init__()
         if self.rollout_engine not in ENGINES:
             raise ValueError(f"rollout_engine must be one of {', '.join(ENGINES)}, got {self.rollout_engine!r}")
-        if self.rollout_engine == "server" and not (self.rollout_base_urls or self.use_vllm):
+        if self.use_vllm != (self.rollout_engine == "server") and (self.rollout_engine != "auto"):
             raise ValueError(
-                'rollout_engine="server" needs rollout_base_urls, or use_vllm=True with vllm_mode="server", which also '
-                "keeps the server's weights in step"
+                f'rollout_engine="server" and use_vllm=True go together, got {self.rollout_engine!r} and '
+                f"{self.use_vllm}: TRL keeps the weights of its server in step; set use_vllm=True and "
+                'vllm_mode="server", or neither'
             )
         if self.use_vllm and self.vllm_mode != "server":
             raise ValueError(

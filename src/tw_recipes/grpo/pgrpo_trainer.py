@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from trl.data_utils import is_conversational
 
 from tw_core import TagIds
+from tw_core.errors import ThreadWeaverError
 from tw_recipes.decoding.engine import Engine
 from tw_recipes.decoding.rollout import Rollout
 from tw_recipes.evaluation.grading import Grader
@@ -44,8 +45,8 @@ from tw_recipes.rollout_command import THINK
 logger = logging.getLogger(__name__)
 
 
-class RolloutError(RuntimeError):
-    """More rollouts of a batch failed than `max_failed_share` allows; the message gives a reason of one of them."""
+class RolloutError(ThreadWeaverError, RuntimeError):
+    """More rollouts of a batch failed than `max_failed_share` allows, or needed log-probs of the sampler are missing."""
 
 
 class PGRPOTrainer(TrieGRPOTrainer):
@@ -158,12 +159,18 @@ class PGRPOTrainer(TrieGRPOTrainer):
         found = [rollout_row(rollout, self.eos_token_ids) for rollout in rollouts]
         trained = [self.args.train_failed_rollouts or not failed for failed in self._failed]
         logprobs = [row.logprobs for row in found]
+        missing = self._missing_somewhere(logprobs)
+        if missing and self.use_vllm and self.vllm_importance_sampling_correction:
+            raise RolloutError(
+                "the engine gave no log-probs, which vllm_importance_sampling_correction needs; start the server with "
+                "--logprobs-mode processed_logprobs, or set vllm_importance_sampling_correction=False"
+            )
         return {
             "prompt_ids": ids,
             "completion_ids": [row.completion_ids for row in found],
             "completion_parents": [row.parents for row in found],
             "env_mask": [row.mask if use else [0] * len(row.mask) for row, use in zip(found, trained, strict=True)],
-            "logprobs": None if self._missing_somewhere(logprobs) else logprobs,
+            "logprobs": None if missing else logprobs,
             "rollout": self._rows,
         }
 

@@ -102,14 +102,14 @@ def make_engine(model: Any, tokenizer: Any, args: PGRPOConfig, eos_ids: Sequence
     kind = args.rollout_engine
     if kind == "auto":
         in_process = "lockstep" if model.device.type == "cpu" else "transformers"
-        kind = "server" if args.use_vllm or args.rollout_base_urls else in_process
+        kind = "server" if args.use_vllm else in_process
         logger.info("rollout_engine: %s", kind)
     if kind == "server":
         from tw_recipes.decoding.openai_engine import OpenAIEngine
 
-        urls = args.rollout_base_urls or [_vllm_url(args)]
+        base = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         name = args.rollout_model_name or model.config._name_or_path
-        return OpenAIEngine(urls, name, tokenizer, eos_ids=eos_ids)
+        return OpenAIEngine(f"{base.rstrip('/')}/v1", name, tokenizer, eos_ids=eos_ids)
     if sharded:
         raise ValueError(
             f"rollout_engine={kind!r} decodes with the model in this process, whose weights are sharded (FSDP or "
@@ -122,8 +122,3 @@ def make_engine(model: Any, tokenizer: Any, args: PGRPOConfig, eos_ids: Sequence
     from tw_recipes.decoding.transformers_engine import TransformersEngine
 
     return TransformersEngine(model, eos_ids=list(eos_ids), memory_share=None if model.device.type == "cpu" else 0.5)
-
-
-def _vllm_url(args: PGRPOConfig) -> str:
-    base = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    return f"{base.rstrip('/')}/v1"

@@ -11,19 +11,15 @@ may be mixed, flags win.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from peft import PeftModel
-from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser
-from trl.trainer.utils import create_model_from_path, get_peft_config, get_quantization_config
+from trl.trainer.utils import get_peft_config
 
 from tw_core.errors import ThreadWeaverError
+from tw_recipes.model_files import load_with_tags, model_options, placement, save_trained
 from tw_recipes.sft.config import TrieSFTConfig
 from tw_recipes.sft.trainer import TrieSFTTrainer
-from tw_recipes.tokens import add_tag_tokens
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -88,52 +84,15 @@ def run_sft(script: SFTScriptArguments, args: TrieSFTConfig, model_args: ModelCo
     if script.eval_dataset_name is not None or script.dataset_test_split is not None:
         source = script.eval_dataset_name or script.dataset_name
         held_out = load_split(source, script.dataset_test_split or "train", script.dataset_config)
-    options = _model_options(model_args, args.trust_remote_code)
-    model, tokenizer = _load(name, options | _placement(model_args))
+    options = model_options(model_args, args.trust_remote_code)
+    model, tokenizer = load_with_tags(name, options | placement(model_args))
     peft_config = get_peft_config(model_args)
     trainer = TrieSFTTrainer(
         model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, peft_config=peft_config
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if peft_config is None:
-        trainer.save_model(args.output_dir)
-        return trainer
-    adapter = str(Path(args.output_dir) / "adapter")
-    trainer.save_model(adapter)
-    if script.merge_adapter and PartialState().is_main_process:
-        # Merge into a fresh copy: the trained one may be sharded or quantized.
-        base, tokenizer = _load(name, options | {"device_map": "cpu"})
-        PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
-    PartialState().wait_for_everyone()
+    save_trained(trainer, name, options, merge_adapter=script.merge_adapter)
     return trainer
-
-
-def _model_options(model_args: ModelConfig, trust_remote_code: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": trust_remote_code,
-        "dtype": model_args.dtype,
-    }
-    if model_args.attn_implementation is not None:
-        options["attn_implementation"] = model_args.attn_implementation
-    return options
-
-
-def _placement(model_args: ModelConfig) -> dict[str, Any]:
-    state, quantization = PartialState(), get_quantization_config(model_args)
-    if quantization is not None:
-        return {"device_map": {"": state.local_process_index}, "quantization_config": quantization}
-    return {"device_map": None} if state.num_processes > 1 else {}
-
-
-def _load(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=options["revision"], trust_remote_code=options["trust_remote_code"]
-    )
-    model = create_model_from_path(name, **options)
-    add_tag_tokens(model, tokenizer)
-    return model, tokenizer
 
 
 def main(argv: Sequence[str]) -> int:
