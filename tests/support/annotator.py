@@ -56,12 +56,12 @@ class RuleAnnotator:
         pass
 
     def steps(self, prompt: str) -> dict[str, Any]:
-        steps = [
-            {"title": f"product {name}", "first_line": first, "last_line": last, "substeps": []}
-            for name, first, last in _terms(prompt)
-        ]
-        count = len(_LINE.findall(prompt))
-        end = steps[-1]["last_line"] if steps else 0
+        steps, terms = [], _terms(prompt)
+        if terms and terms[0][1] > 1:
+            steps.append({"title": "begin", "first_line": 1, "last_line": terms[0][1] - 1, "substeps": []})
+        for name, first, last in terms:
+            steps.append({"title": f"product {name}", "first_line": first, "last_line": last, "substeps": []})
+        count, end = len(_LINE.findall(prompt)), steps[-1]["last_line"] if steps else 0
         return {"steps": [*steps, {"title": "sum", "first_line": end + 1, "last_line": count, "substeps": []}]}
 
     def blocks(self, prompt: str) -> dict[str, Any]:

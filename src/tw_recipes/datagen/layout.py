@@ -26,7 +26,8 @@ def placed(
 ) -> tuple[Block, int]:
     """Turn proposed ranges into a block.
 
-    A range written backwards is turned round, one that runs past the last line ends there; both are counted.
+    A range written backwards is turned round, one that runs past the trace ends there, a thread beyond it is left out;
+    each is counted. Blank threads are left out.
 
     Args:
         number: Of the block in its proposal.
@@ -41,20 +42,19 @@ def placed(
     Raises:
         Rejected: The ranges make no block; the reason says why.
     """
-    spans, repairs = [], 0
+    spans, repairs, absent = [], 0, 0
     for thread in ranges:
         first, last = sorted((thread.first_line, thread.last_line))
-        repairs += first != thread.first_line
-        if first < 1 or first > len(lines):
-            raise Rejected(
-                Reason.BLOCK_RANGE, f"L{thread.first_line}-L{thread.last_line} in a trace of {len(lines)} lines"
-            )
-        if last > len(lines):
-            last, repairs = len(lines), repairs + 1
-        if not lines.blank(first, last):
-            spans.append(lines.trimmed(first, last))
+        inside = max(first, 1), min(last, len(lines))
+        repairs += (thread.first_line, thread.last_line) != inside
+        if inside[0] > inside[1]:
+            absent += 1
+        elif not lines.blank(*inside):
+            spans.append(lines.trimmed(*inside))
     if len(spans) < 2:
-        raise Rejected(Reason.BLOCK_FEW_THREADS, f"{len(spans)} of {len(ranges)} threads hold text")
+        reason = Reason.BLOCK_RANGE if absent else Reason.BLOCK_FEW_THREADS
+        detail = f"{absent} beyond its {len(lines)} lines"
+        raise Rejected(reason, f"{len(spans)} of {len(ranges)} threads hold text of the trace, {detail}")
     if len(spans) > options.max_threads:
         raise Rejected(Reason.BLOCK_MANY_THREADS, f"{len(spans)} threads, max_threads={options.max_threads}")
     spans.sort()

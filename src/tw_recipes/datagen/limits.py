@@ -11,12 +11,17 @@ from collections.abc import Awaitable, Callable
 from tw_recipes.datagen.reasons import DatagenError
 
 
+_INSTANT = 1e-6  # seconds; shorter waits are rounding
+
+
 class BudgetExhaustedError(DatagenError):
     """The next question could exceed the budget; the run stops and can be gone on with."""
 
 
 class RateLimiter:
-    """Two token buckets of one minute, requests and tokens; waiting calls go in the order they came.
+    """Two token buckets, requests and tokens, each holding one second's worth; waiting calls go in the order they came.
+
+    A larger call goes when its bucket is full and leaves it in debt, so that the average over minutes is kept.
 
     Args:
         requests_per_minute: None for no limit.
@@ -37,7 +42,8 @@ class RateLimiter:
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive or None, got {value}")
         self._limits = (requests_per_minute, tokens_per_minute)
-        self._free = [requests_per_minute or 0.0, tokens_per_minute or 0.0]
+        self._most = (max((requests_per_minute or 0) / 60, 1.0), (tokens_per_minute or 0) / 60)
+        self._free = list(self._most)
         self._clock, self._sleep, self._then = clock, sleep, clock()
         self._turn = asyncio.Lock()
 
@@ -46,7 +52,7 @@ class RateLimiter:
         if self._limits == (None, None):
             return
         async with self._turn:
-            while (wait := self._wait((1.0, float(tokens)))) > 0:
+            while (wait := self._wait((1.0, float(tokens)))) > _INSTANT:
                 await self._sleep(wait)
             self._free[0] -= 1
             self._free[1] -= tokens
@@ -61,9 +67,8 @@ class RateLimiter:
         for i, limit in enumerate(self._limits):
             if limit is None:
                 continue
-            self._free[i] = min(limit, self._free[i] + (now - self._then) * limit / 60)
-            # A call larger than a minute's tokens goes when the bucket is full.
-            waits.append((min(wanted[i], limit) - self._free[i]) * 60 / limit)
+            self._free[i] = min(self._most[i], self._free[i] + (now - self._then) * limit / 60)
+            waits.append((min(wanted[i], self._most[i]) - self._free[i]) * 60 / limit)
         self._then = now
         return max(waits)
 

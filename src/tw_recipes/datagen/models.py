@@ -96,7 +96,7 @@ class Blocks(_Model):
     Attributes:
         blocks: In order of the trace, disjoint.
         dropped: The others, with their reasons.
-        repairs: How many ranges were reversed or ran past the last line, and were put right.
+        repairs: How many ranges were reversed or ran past the trace, and were put right.
     """
 
     blocks: list[Block]
@@ -162,6 +162,7 @@ class Sample(_Model):
         edit_ratio: Largest changed share of a thread.
         threads: Number of threads of each block.
         dropped: Everything that was left out on the way, with reasons.
+        repairs: Proposed ranges that were put right.
     """
 
     place: int
@@ -175,6 +176,7 @@ class Sample(_Model):
     edit_ratio: float = 0.0
     threads: list[int] = []
     dropped: list[Dropped] = []
+    repairs: int = 0
 
 
 class StepsReply(_Model):

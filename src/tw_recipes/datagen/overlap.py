@@ -46,7 +46,7 @@ def runs(text: str, length: int = RUN) -> set[tuple[str, ...]]:
 
 def results(text: str) -> list[str]:
     """What a text arrives at, in order: what stands to the right of "=", and numbers after "is"."""
-    found = (value.strip(".$()[]\\:; ") for value in _RESULT.findall(text))
+    found = (value.strip(" .:;$").removesuffix("\\)").removesuffix("\\]") for value in _RESULT.findall(text))
     return [value for value in found if any(map(str.isalnum, value))]
 
 

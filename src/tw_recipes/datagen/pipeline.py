@@ -232,4 +232,4 @@ async def _stages(trace: Trace, annotator: Annotator, grader: Grader, shard: Sha
     dropped = [*blocks.dropped, *rewritten.dropped, *sample.dropped]
     if sample.kind == "sequential" and not dropped:
         dropped = [Dropped(reason=Reason.NO_BLOCKS, detail="no block was proposed")]
-    return sample.model_copy(update={"dropped": dropped})
+    return sample.model_copy(update={"dropped": dropped, "repairs": blocks.repairs})

@@ -33,6 +33,7 @@ class Findings:
         gains: Histogram of the acceleration of fork/join samples, bins of 0.025.
         edits: Histogram of their edit ratio.
         gain_sum: Sum of the accelerations.
+        repairs: Proposed ranges that were reversed or ran past the trace, and were put right.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -42,10 +43,12 @@ class Findings:
     gains: np.ndarray = field(default_factory=lambda: np.zeros(len(_EDGES) - 1, dtype=np.int64))
     edits: np.ndarray = field(default_factory=lambda: np.zeros(len(_EDGES) - 1, dtype=np.int64))
     gain_sum: float = 0.0
+    repairs: int = 0
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Count a record, a dict of `Sample`."""
         self.kinds[record["kind"]] += 1
+        self.repairs += record["repairs"]
         for dropped in record["dropped"]:
             self.reasons[dropped["reason"]] += 1
             found = self.examples.setdefault(dropped["reason"], [])
@@ -90,6 +93,7 @@ def write_report(
     data = {
         "kinds": dict(sorted(found.kinds.items())),
         "stopped": stopped,
+        "repairs": found.repairs,
         "mix": None if mix is None else vars(mix),
         "mean_acceleration": round(found.mean_gain, 6),
         "threads_per_block": {str(n): count for n, count in sorted(found.threads.items())},
@@ -123,6 +127,11 @@ def _markdown(found: Findings, usage: Mapping[tuple[str, str], Usage], mix: Mix 
             f"The data set has {mix.forkjoin + mix.sequential:,} rows: {mix.forkjoin:,} fork/join (mean acceleration "
             f"{found.mean_gain:.1%} in characters) and {mix.sequential:,} sequential, {mix.turned:,} of them turned "
             f"from fork/join samples; {mix.surplus:,} sequential traces were left out.",
+        ]
+    if found.repairs:
+        lines += [
+            "",
+            f"{found.repairs:,} proposed ranges were written backwards or ran past the trace, and were put right.",
         ]
     lines += ["", "| reason | count | meaning | first examples |", "|---|---|---|---|"]
     for reason, count in found.reasons.most_common():

@@ -102,9 +102,6 @@ def apply_edits(bodies: Sequence[str], edits: Sequence[Edit], known: str, option
             raise Rejected(Reason.EDIT_SIZE, f"thread {edit.thread}: {size}")
         if any(tag in edit.replace for tag in (*TAGS, "<think>", "</think>")):
             raise Rejected(Reason.EDIT_TAGS, f"thread {edit.thread}: {edit.replace[:60]!r}")
-        said = all_numbers(added)
-        if said and (invented := said - all_numbers(f"{known}\n{body}")):
-            raise Rejected(Reason.EDIT_INVENTS, f"thread {edit.thread} would hold {sorted(invented)[0]}")
         changes[edit.thread - 1].append((at, at + len(edit.find), edit.replace))
     edited = [
         _changed(body, sorted(change), n) for n, (body, change) in enumerate(zip(bodies, changes, strict=True), 1)
@@ -112,6 +109,10 @@ def apply_edits(bodies: Sequence[str], edits: Sequence[Edit], known: str, option
     for number, body in enumerate(edited, 1):
         if not body.strip():
             raise Rejected(Reason.EDIT_EMPTIES, f"nothing is left of thread {number}")
+        # Looked for in the whole thread: a single changed digit makes another number.
+        fresh = all_numbers(body) - all_numbers(bodies[number - 1]) if changes[number - 1] else set()
+        if fresh and (invented := fresh - all_numbers(known)):
+            raise Rejected(Reason.EDIT_INVENTS, f"thread {number} would hold {sorted(invented)[0]}")
     return edited
 
 
