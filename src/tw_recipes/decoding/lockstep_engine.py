@@ -20,11 +20,12 @@ from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLo
 
 from tw_recipes import _compat
 from tw_recipes.attention import native_attention
-from tw_recipes.decoding.engine import Completion, EngineError, Request, Sampling
+from tw_recipes.decoding.engine import Completion, Request, Sampling
+from tw_recipes.decoding.waves import WaveEngine
 from tw_recipes.support import unwrap
 
 
-class LockstepEngine:
+class LockstepEngine(WaveEngine):
     """Runs requests on a transformers model, wave by wave.
 
     Args:
@@ -41,89 +42,23 @@ class LockstepEngine:
         self, model: Any, *, eos_ids: list[int] | tuple[int, ...], max_context: int | None = None, max_batch: int = 512
     ) -> None:
         _compat.require("transformers")
-        if not eos_ids or max_batch < 1:
-            raise ValueError(f"eos_ids must not be empty and max_batch be >= 1, got {eos_ids} and {max_batch}")
         self.model: PreTrainedModel = unwrap(model)
         config = self.model.config.get_text_config()
-        self.eos_ids = tuple(int(token) for token in eos_ids)
-        self.max_context = max_context or getattr(config, "max_position_embeddings", None)
-        self.vocab_size = self.model.get_input_embeddings().num_embeddings
-        self.max_batch = max_batch
-        self._waiting: list[tuple[Request, asyncio.Future[Completion]]] = []
-        self._worker: asyncio.Task[None] | None = None
+        max_context = max_context or getattr(config, "max_position_embeddings", None)
+        super().__init__(eos_ids, self.model.get_input_embeddings().num_embeddings, max_context, max_batch)
 
-    async def generate(self, request: Request) -> Completion:
-        """Completes one context in the next wave.
-
-        Raises:
-            EngineError: The context holds ids outside the vocabulary or is too long, or the forward failed.
-            ValueError: A logit bias, which this engine does not know.
-        """
-        self._validate(request)
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Completion] = loop.create_future()
-        self._waiting.append((request, future))
-        if self._worker is None or self._worker.done():
-            self._worker = loop.create_task(self._work())
-        return await future
-
-    async def aclose(self) -> None:
-        """Nothing is held between waves."""
-
-    def _validate(self, request: Request) -> None:
-        low, high = int(request.context.min()), int(request.context.max())
-        if low < 0 or high >= self.vocab_size:
-            raise EngineError(f"context ids must lie in 0..{self.vocab_size - 1}, got {low}..{high}")
-        length = len(request.context) + request.max_tokens
-        if self.max_context is not None and length > self.max_context:
-            raise EngineError(
-                f"context and max_tokens must fit {self.max_context} tokens, got {len(request.context)} + "
-                f"{request.max_tokens}"
-            )
-        if request.sampling.logit_bias:
-            raise ValueError("logit_bias is not possible with LockstepEngine; use OpenAIEngine with a server")
-
-    async def _work(self) -> None:
-        """Waves until nobody waits."""
-        while self._waiting:
-            seen = 0
-            while len(self._waiting) != seen:  # let every task that can run make its call
-                seen = len(self._waiting)
-                for _ in range(8):
-                    await asyncio.sleep(0)
-            # Long calls first, so that a batch holds calls of one kind.
-            self._waiting.sort(key=lambda entry: -len(entry[0].context))
-            sampling = self._waiting[0][0].sampling
-            wave = [entry for entry in self._waiting if entry[0].sampling == sampling][: self.max_batch]
-            taken = {id(future) for _, future in wave}
-            self._waiting = [entry for entry in self._waiting if id(entry[1]) not in taken]
-            wave = [entry for entry in wave if not entry[1].done()]  # cancelled while waiting
-            if wave:
-                await self._run(wave)
-
-    async def _run(self, wave: list[tuple[Request, asyncio.Future[Completion]]]) -> None:
+    async def _complete(self, requests: list[Request]) -> list[Completion]:
         was_training = self.model.training
         try:
             self.model.eval()
             with torch.no_grad(), native_attention(self.model):
-                batch = _Wave(self.model, [request for request, _ in wave], self.eos_ids[0])
+                batch = _Wave(self.model, requests, self.eos_ids[0])
                 while batch.alive:
                     batch.step()
                     await asyncio.sleep(0)
-        except Exception as error:
-            reason = f"generation failed: {type(error).__name__}: {error}"
-            for _, future in wave:
-                if not future.done():
-                    future.set_exception(EngineError(reason))
-            return
         finally:
             self.model.train(was_training)
-        for place, (request, future) in enumerate(wave):
-            if not future.done():
-                completion = batch.completion(place)
-                if request.on_tokens is not None:
-                    request.on_tokens(completion.ids.tolist())
-                future.set_result(completion)
+        return [batch.completion(place) for place in range(len(requests))]
 
 
 class _Wave:

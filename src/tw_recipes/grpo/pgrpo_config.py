@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tw_recipes.decoding.limits import Limits
 from tw_recipes.grpo.config import TrieGRPOConfig
 
-ENGINES = ("auto", "lockstep", "transformers", "server")
+ENGINES = ("auto", "lockstep", "transformers", "vllm")
 
 
 @dataclass
@@ -36,9 +36,9 @@ class PGRPOConfig(TrieGRPOConfig):
     rollout_engine: str = field(
         default="auto",
         metadata={
-            "help": 'Who decodes: "lockstep" and "transformers" run the trained model in this process, "server" the '
-            'vLLM server of use_vllm, whose weights TRL keeps in step. "auto": server if use_vllm is set, else '
-            "lockstep on a CPU and transformers on a GPU."
+            "help": 'Who decodes: "lockstep" and "transformers" run the trained model in this process, "vllm" the '
+            'server or the colocated vLLM of use_vllm, whose weights TRL keeps in step. "auto": vllm if use_vllm is '
+            "set, else lockstep on a CPU and transformers on a GPU."
         },
     )
     rollout_model_name: str | None = field(
@@ -100,16 +100,15 @@ class PGRPOConfig(TrieGRPOConfig):
         super().__post_init__()
         if self.rollout_engine not in ENGINES:
             raise ValueError(f"rollout_engine must be one of {', '.join(ENGINES)}, got {self.rollout_engine!r}")
-        if self.use_vllm != (self.rollout_engine == "server") and (self.rollout_engine != "auto"):
+        if self.rollout_engine != "auto" and self.use_vllm != (self.rollout_engine == "vllm"):
             raise ValueError(
-                f'rollout_engine="server" and use_vllm=True go together, got {self.rollout_engine!r} and '
-                f"{self.use_vllm}: TRL keeps the weights of its server in step; set use_vllm=True and "
-                'vllm_mode="server", or neither'
+                f'rollout_engine="vllm" and use_vllm=True go together, got {self.rollout_engine!r} and '
+                f"{self.use_vllm}: TRL keeps the weights of its vLLM in step; set both, or neither"
             )
-        if self.use_vllm and self.vllm_mode != "server":
+        if self.use_vllm and self.vllm_mode == "colocate" and self.vllm_tensor_parallel_size != 1:
             raise ValueError(
-                f'vllm_mode must be "server" for fork/join rollouts, got {self.vllm_mode!r}; start `vllm serve` and '
-                'set vllm_mode="server", or decode in this process with use_vllm=False'
+                "vllm_tensor_parallel_size must be 1 in colocate mode, where each process decodes its own rollouts, "
+                f'got {self.vllm_tensor_parallel_size}; use vllm_mode="server" for models that need several GPUs'
             )
         if self.loss_type == "dr_grpo" and self.dynamic_sampling:
             raise ValueError(

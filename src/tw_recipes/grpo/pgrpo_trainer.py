@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutError(ThreadWeaverError, RuntimeError):
-    """More rollouts of a batch failed than `max_failed_share` allows, or needed log-probs of the sampler are missing."""
+    """More rollouts of a batch failed than `max_failed_share` allows, or needed log-probs are missing."""
 
 
 class PGRPOTrainer(TrieGRPOTrainer):
@@ -118,7 +118,8 @@ class PGRPOTrainer(TrieGRPOTrainer):
         if engine is None:
             zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
             sharded = bool(self.is_fsdp_enabled or zero3)
-            engine = make_engine(self.model, self._tokenizer, args, self.eos_token_ids, sharded=sharded)
+            vllm = self.vllm_generation if self.use_vllm else None
+            engine = make_engine(self.model, self._tokenizer, args, self.eos_token_ids, sharded=sharded, vllm=vllm)
         self.source = RolloutSource(engine, args, tag_ids, self.eos_token_ids)
         self.rollout_func = self._roll_out
         self._rollouts: list[Rollout] = []

@@ -85,7 +85,9 @@ class RolloutSource:
         return found
 
 
-def make_engine(model: Any, tokenizer: Any, args: PGRPOConfig, eos_ids: Sequence[int], *, sharded: bool) -> Engine:
+def make_engine(
+    model: Any, tokenizer: Any, args: PGRPOConfig, eos_ids: Sequence[int], *, sharded: bool, vllm: Any = None
+) -> Engine:
     """The engine that `args.rollout_engine` names.
 
     Args:
@@ -94,6 +96,7 @@ def make_engine(model: Any, tokenizer: Any, args: PGRPOConfig, eos_ids: Sequence
         args: The configuration.
         eos_ids: Ids that end a response.
         sharded: Whether the weights are spread over processes (FSDP, ZeRO-3).
+        vllm: TRL's `VLLMGeneration`, if `args.use_vllm`.
 
     Raises:
         ValueError: Sharded weights and an engine of this process.
@@ -102,9 +105,13 @@ def make_engine(model: Any, tokenizer: Any, args: PGRPOConfig, eos_ids: Sequence
     kind = args.rollout_engine
     if kind == "auto":
         in_process = "lockstep" if model.device.type == "cpu" else "transformers"
-        kind = "server" if args.use_vllm else in_process
+        kind = "vllm" if args.use_vllm else in_process
         logger.info("rollout_engine: %s", kind)
-    if kind == "server":
+    if kind == "vllm" and args.vllm_mode == "colocate":
+        from tw_recipes.grpo.colocated import ColocatedEngine
+
+        return ColocatedEngine(vllm, eos_ids=eos_ids, vocab_size=len(tokenizer))
+    if kind == "vllm":
         from tw_recipes.decoding.openai_engine import OpenAIEngine
 
         base = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"

@@ -38,10 +38,10 @@ def test_staleness_follows_from_the_options_and_is_bounded(tmp_path, options, st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rollout_engine": "vllm"}, "rollout_engine must be one of auto, lockstep, transformers, server"),
-        ({"rollout_engine": "server"}, 'rollout_engine="server" and use_vllm=True go together, got .server. and False'),
-        ({"rollout_engine": "lockstep", "use_vllm": True, "vllm_mode": "server"}, "go together"),
-        ({"use_vllm": True, "vllm_mode": "colocate"}, 'vllm_mode must be "server" for fork/join rollouts'),
+        ({"rollout_engine": "sglang"}, "rollout_engine must be one of auto, lockstep, transformers, vllm"),
+        ({"rollout_engine": "vllm"}, "rollout_engine=.vllm. and use_vllm=True go together, got 'vllm' and False"),
+        ({"rollout_engine": "lockstep", "use_vllm": True}, "go together, got 'lockstep' and True"),
+        ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size must be 1 in colocate mode"),
         ({"loss_type": "dr_grpo", "dynamic_sampling": True}, "dr_grpo divides by a constant"),
         ({"max_failed_share": 1.5}, r"max_failed_share must be in \[0, 1\], got 1.5"),
         ({"rollout_retries": -1}, "rollout_retries and retry_wait_s must be >= 0"),
