@@ -162,7 +162,7 @@ class RolloutOptions:
     concurrency: int = 256
     limit: int | None = None
     units: bool = True
-    progress: bool = field(default_factory=sys.stderr.isatty)
+    progress: bool = field(default_factory=lambda: sys.stderr.isatty())
 
 
 def run_rollout(options: RolloutOptions, engine: Engine | None = None) -> RolloutSummary:

@@ -36,7 +36,7 @@ class GenerateCommand:
 
     job: Annotated[JobOptions, tyro.conf.arg(name="")]
     dry_run: bool = False
-    progress: bool = field(default_factory=sys.stderr.isatty)
+    progress: bool = field(default_factory=lambda: sys.stderr.isatty())
 
 
 def main(argv: Sequence[str], *, llm: LLM | None = None) -> int:

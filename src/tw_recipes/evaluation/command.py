@@ -66,7 +66,7 @@ class EvalOptions:
     grade_timeout_s: float = 5.0
     concurrency: int = 64
     examples: int = 20
-    progress: bool = field(default_factory=sys.stderr.isatty)
+    progress: bool = field(default_factory=lambda: sys.stderr.isatty())
 
 
 def run_eval(options: EvalOptions, command: str = "threadweaver eval", engine: Engine | None = None) -> EvalResult:
