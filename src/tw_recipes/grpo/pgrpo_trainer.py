@@ -224,8 +224,6 @@ class PGRPOTrainer(TrieGRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         self._write(inputs, batch["advantages"])
         self._rollouts, self._rows = [], []
-        for row in inputs:
-            del row["rollout"]
         return self._without_signal(batch) if self.model.training else batch
 
     def _without_signal(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -323,8 +321,12 @@ class PGRPOTrainer(TrieGRPOTrainer):
                     "key": f"step-{step}.{micro}.{row['key']}",
                 }
             )
-        suffix = f"-rank{rank}" if self.accelerator.num_processes > 1 else ""
-        write_rollouts(Path(self.args.output_dir) / "rollouts" / f"step-{step:06d}{suffix}.jsonl", rows)
+        name = f"step-{step:06d}"
+        if self.args.steps_per_generation < self.args.gradient_accumulation_steps:
+            name += f".{micro % self.args.gradient_accumulation_steps:03d}"
+        if self.accelerator.num_processes > 1:
+            name += f"-rank{rank}"
+        write_rollouts(Path(self.args.output_dir) / "rollouts" / f"{name}.jsonl", rows)
 
 
 def groups_with_signal(rewards: Tensor, threshold: float | None = None) -> Tensor:

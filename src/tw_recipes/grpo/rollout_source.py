@@ -65,7 +65,8 @@ class RolloutSource:
             self.engine.cache_salt = f"step-{step}"  # prefixes computed with older weights must not be read
         decoder = self.decoder(step)
         # Continuous batching seeds the global generator.
-        with torch.random.fork_rng():
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
             found = decoder.decode_all(prompts, keys)
             for attempt in range(self.args.rollout_retries):
                 lost = [place for place, rollout in enumerate(found) if rollout.status == "error"]

@@ -44,9 +44,12 @@ class Log(TrainerCallback):
         trainer._compute_loss = compute_loss
 
 
-def test_the_sampler_and_the_trie_agree_and_the_measures_are_logged(tmp_path):
+@pytest.mark.parametrize("engine", ["lockstep", "transformers"])
+def test_the_sampler_and_the_trie_agree_and_the_measures_are_logged(tmp_path, engine):
     """Rollouts of the model itself, nested blocks among them."""
-    trainer = pgrpo_trainer(tmp_path, model=taught_policy(), engine="model", max_steps=1, log_rollouts=-1)
+    trainer = pgrpo_trainer(
+        tmp_path, model=taught_policy(), engine="model", rollout_engine=engine, max_steps=1, log_rollouts=-1
+    )
     _, (logged,) = train(trainer)
     rows = list(read_trajectories(tmp_path / "rollouts" / "step-000000.jsonl"))
     assert len(rows) == 2 * GROUP
@@ -105,6 +108,14 @@ def test_the_sequential_baseline_is_one_call_and_earns_nothing_for_textual_tags(
     paid = [correctness_reward(judge), acceleration_reward(judge)]
     _, (logged,) = train(pgrpo_trainer(tmp_path / "paid", forking=False, reward_funcs=paid, max_steps=1))
     assert logged["rewards/acceleration_reward/mean"] == 0
+
+
+def test_several_batches_of_one_update_are_written_apart(tmp_path):
+    train(pgrpo_trainer(tmp_path, gradient_accumulation_steps=2, steps_per_generation=1, max_steps=1))
+    assert sorted(file.name for file in (tmp_path / "rollouts").iterdir()) == [
+        "step-000000.000.jsonl",
+        "step-000000.001.jsonl",
+    ]
 
 
 def test_groups_without_signal_are_dropped_on_request(tmp_path):
