@@ -6,7 +6,6 @@ Everything but the log-probs and the order of completions is TRL's: losses, adva
 logging, checkpoints. Guarded by tests/recipes/grpo/test_trainer.py and test_distributed.py, against stock TRL.
 """
 
-import logging
 from time import perf_counter
 from typing import Any
 
@@ -16,12 +15,11 @@ from transformers import ProcessorMixin
 from trl import GRPOTrainer
 
 from tw_recipes import _compat
-from tw_recipes.attention import install, native_attention
+from tw_recipes.attention import native_attention
 from tw_recipes.grpo.batching import GroupedBatches
 from tw_recipes.grpo.config import TrieGRPOConfig
 from tw_recipes.grpo.logps import TrieLogps
-
-logger = logging.getLogger(__name__)
+from tw_recipes.trainers import prepare_for_tries
 
 
 class TrieGRPOTrainer(TrieLogps, GroupedBatches, GRPOTrainer):
@@ -55,21 +53,7 @@ class TrieGRPOTrainer(TrieLogps, GroupedBatches, GRPOTrainer):
                 "images with TRL's GRPOTrainer"
             )
         super().__init__(model, reward_funcs, args, **kwargs)
-        dropout = getattr(self.model.config.get_text_config(), "attention_dropout", 0.0)
-        if dropout:
-            raise ValueError(
-                f"attention_dropout must be 0.0 in the model's config, got {dropout}: trie attention has none; set "
-                'model_init_kwargs={"attention_dropout": 0.0}'
-            )
-        if self.aux_loss_enabled:
-            logger.warning(
-                "the load-balancing loss of this mixture-of-experts model is taken over unique tokens, not over the "
-                "expanded ones; set router_aux_loss_coef=0.0 for gradients that equal the expanded run"
-            )
-        for each in (self.model, self.ref_model):
-            if each is not None:
-                # Under FSDP the weights are still on the CPU here, where GPU implementations cannot be probed.
-                install(each, impl=args.attention_impl, probe=args.attention_impl == "auto" or not self.is_fsdp_enabled)
+        prepare_for_tries(self, *(each for each in (self.model, self.ref_model) if each is not None))
         self._update_seconds = 0.0
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +64,8 @@ class TrieGRPOTrainer(TrieLogps, GroupedBatches, GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         start = perf_counter()
         inputs = super()._prepare_inputs(generation_batch)
-        self._update_seconds -= perf_counter() - start  # `training_step` counts it, and it is not the update
+        if self.model.training:
+            self._update_seconds -= perf_counter() - start  # `training_step` counts it, and it is not the update
         return inputs
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

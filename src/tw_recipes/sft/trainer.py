@@ -4,7 +4,6 @@ The subclass prepares data sets, calls `install`, trains tag rows beside LoRA, a
 stock SFTTrainer with `TrieCollator` and `install(trainer.model)` gives the same numbers (docs/sft.md).
 """
 
-import logging
 from time import perf_counter
 from typing import Any
 
@@ -17,13 +16,11 @@ from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from tw_recipes import _compat
-from tw_recipes.attention import install
 from tw_recipes.sft.collator import TrieCollator
 from tw_recipes.sft.config import TrieSFTConfig
 from tw_recipes.sft.data import DatasetStatistics, prepare_dataset
 from tw_recipes.tokens import TagTokenError, require_tag_tokens, tag_token_ids
-
-logger = logging.getLogger(__name__)
+from tw_recipes.trainers import prepare_for_tries
 
 _REFUSED = {
     "data_collator": "the trainer builds its TrieCollator",
@@ -105,23 +102,7 @@ class TrieSFTTrainer(SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        dropout = getattr(self.model.config.get_text_config(), "attention_dropout", 0.0)
-        if dropout:
-            raise ValueError(
-                f"attention_dropout must be 0.0 in the model's config, got {dropout}: trie attention has none; set "
-                'model_init_kwargs={"attention_dropout": 0.0}'
-            )
-        head = self.model.get_output_embeddings()
-        if head is not None and not hasattr(head, "bias"):
-            # PEFT wraps a head that is tied to trained token rows; TRL's fused head reads its bias.
-            head.register_parameter("bias", None)
-        if self.aux_loss_enabled:
-            logger.warning(
-                "the load-balancing loss of this mixture-of-experts model is taken over unique tokens, not over the "
-                "expanded ones; set router_aux_loss_coef=0.0 for gradients that equal the expanded run"
-            )
-        # Under FSDP the weights are still on the CPU here, where GPU implementations cannot be probed.
-        install(self.model, impl=args.attention_impl, probe=args.attention_impl == "auto" or not self.is_fsdp_enabled)
+        prepare_for_tries(self, self.model)
         self._tally = {"logical": 0, "computed": 0}
         self._tally_since = perf_counter()
 

@@ -1,11 +1,15 @@
 """Optimizer steps of TrieGRPOTrainer equal those of TRL's GRPOTrainer: gradients, loss, metrics, generated tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from trl import GRPOConfig
 
 from tests.support.grpo import GROUP, PROMPTS, make_trainer, saved_model, token_reward, train
+from tests.support.models import tiny_model
+from tests.support.sft import BYTE_VOCAB
 from tests.support.tries import largest_error
 from tw_recipes import TrieGRPOConfig, TrieGRPOTrainer
 from tw_recipes.attention import is_installed
@@ -85,6 +89,16 @@ def test_steps_equal_stock_trl(case, tmp_path):
     if "epsilon" in CASES[case] and trie[0].loss_type != "cispo":
         assert trie[2][1]["clip_ratio/region_mean"] > 0
     assert all(entry["sharing_ratio"] > 1 for entry in trie[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gemma3", "gpt_oss_sinks", "mistral_window", "llama"])
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"])
+def test_every_loss_on_every_family(loss, family, tmp_path):
+    # luspo sums over the tokens of a sequence, so its gradients are that much larger.
+    own = {"importance_sampling_level": "sequence", "learning_rate": 3e-2} if loss == "luspo" else {}
+    options = {**MOVING, "loss_type": loss, "beta": 0.05, "max_steps": 3, **own}
+    _assert_equal(*_train_both(tmp_path, family=family, **options))
 
 
 @pytest.mark.parametrize("budget", [60, 200])
@@ -197,6 +211,32 @@ def test_refused_models(tmp_path):
         make_trainer("trie", tmp_path, model_init_kwargs={"attention_dropout": 0.1})
     with pytest.raises(UnsupportedModelError, match="Llama4ForCausalLM cannot read packed tries"):
         make_trainer("trie", tmp_path, family="llama4")
+
+
+def test_prompt_learning_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"adapter 'default' is prompt learning .*; use LoRA"):
+        make_trainer("trie", tmp_path, peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def test_sequence_parallelism_is_refused(tmp_path):
+    parallelism = SimpleNamespace(cp_enabled=True, sp_enabled=False)
+    with pytest.raises(ValueError, match="does not support sequence-dim parallelism"):
+        TrieGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, parallelism_config=parallelism)
+
+
+def test_a_balance_loss_over_unique_tokens_is_announced(tmp_path, caplog):
+    trainer = make_trainer("trie", tmp_path, family="qwen3_moe", router_aux_loss_coef=0.01, max_tokens_per_forward=60)
+    assert "load-balancing loss of this mixture-of-experts model is taken over unique tokens" in caplog.text
+    _, metrics = train(trainer)
+    assert metrics[0]["aux_loss"] > 0.5
+
+
+def test_lora_beside_trained_rows_of_tied_embeddings(tmp_path):
+    """PEFT wraps the head then, and TRL's fused head reads a bias that the wrapper lacks."""
+    model = tiny_model("qwen3", vocab_size=BYTE_VOCAB, tie_word_embeddings=True)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 6]})
+    gradients, _ = train(make_trainer("trie", tmp_path, model=model, peft_config=lora))
+    assert any("trainable_tokens" in name and gradient.any() for name, gradient in gradients[0].items())
 
 
 def test_images_are_refused(tmp_path):
