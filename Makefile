@@ -8,11 +8,15 @@ WORKERS     ?= 2
 WHEEL       ?=
 OUT         ?= out/quickstart
 ARGS        ?=
+# test-engines: vllm is installed and started; sglang is yours to start; REAL_SERVER_URL names a server that is there.
+ENGINE      ?= vllm
+ENGINE_VENV ?= .venv-engines
+NEEDS       := $(if $(REAL_SERVER_URL),,$(if $(filter sglang,$(ENGINE)),sglang-help,$(ENGINE_VENV)/.installed))
 BIN         := $(VENV)/bin
 CONSTRAIN   := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-gpu test-engines mutants bench quickstart docs clean
+.PHONY: help setup check format test test-slow test-gpu test-oldest-triton test-engines sglang-help mutants bench quickstart docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -50,6 +54,24 @@ test-slow: setup  ## the heavy CPU cases
 test-gpu: setup  ## the cases that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+test-oldest-triton: setup  ## compile the Hopper kernels with the oldest supported Triton as well
+	test -x $(VENV)-triton36/bin/python || $(PYTHON) -m venv $(VENV)-triton36
+	$(VENV)-triton36/bin/python -m pip install -q $$(grep -E '^(torch|numpy)==' constraints.txt) triton==3.6.0
+	TW_OTHER_TRITON=$(VENV)-triton36/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/kernels/test_hopper_compile.py
+
+test-engines: setup $(NEEDS)  ## a real server: vLLM on the CPU in a virtual environment of its own, started and stopped
+	OMP_NUM_THREADS=1 ENGINE_VENV=$(ENGINE_VENV) $(BIN)/python -m pytest -n 0 -m engine tests/engines $(ARGS)
+
+$(ENGINE_VENV)/.installed: requirements-engines.txt
+	test -x $(ENGINE_VENV)/bin/python || $(PYTHON) -m venv $(ENGINE_VENV)
+	$(ENGINE_VENV)/bin/python -m pip install -q --no-deps -r requirements-engines.txt
+	touch $@
+
+sglang-help:
+	@echo 'Write the models: $(BIN)/python -m tests.engines.models DIR; start SGLang with one (docs/engines.md says how), then'
+	@echo 'make test-engines REAL_SERVER_URL=http://127.0.0.1:PORT/v1 REAL_SERVER_MODEL=DIR/trained'
+	@exit 2
+
 mutants: setup  ## seeded mistakes in the kernels, each of which the tests must catch
 	$(BIN)/python -m tests.kernels.mutants
 
@@ -63,4 +85,4 @@ docs: setup  ## fail when a table in README or docs differs from benchmarks/resu
 	$(BIN)/python tools/tables.py $(if $(FIX),--fix)
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(ENGINE_VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .benchmarks

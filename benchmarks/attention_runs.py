@@ -74,7 +74,7 @@ def packed(impl: str, **options: object) -> Callable[[Inputs], Run]:
 
     def prepare(inputs: Inputs) -> Run:
         q, k, v = leaves_of(inputs.q, inputs.k, inputs.v)
-        plan = make_plan(inputs.end) if impl == "triton" else None
+        plan = make_plan(inputs.end) if impl in ("hopper", "triton") else None
         return Run(
             lambda: trie_attention(q, k, v, inputs.end, impl=impl, plan=plan, **options), (q, k, v), inputs.grad_out
         )
@@ -156,6 +156,8 @@ def _expanded_sdpa(inputs: Inputs, backend: object) -> Run:
 
 
 RUNS: dict[str, Callable[[Inputs], Run]] = {
+    "hopper": packed("hopper"),
+    "hopper_deterministic": packed("hopper", deterministic=True),
     "triton": packed("triton"),
     "triton_deterministic": packed("triton", deterministic=True),
     "flex": packed("flex"),
@@ -172,7 +174,7 @@ RUNS: dict[str, Callable[[Inputs], Run]] = {
 def planners() -> dict[str, Callable[[Tensor], object]]:
     """What each packed implementation prepares once per packed row, from subtree_end on the device."""
 
-    return {"triton": make_plan, "flex": block_mask, "varlen": varlen.make_segments}
+    return {"hopper": make_plan, "triton": make_plan, "flex": block_mask, "varlen": varlen.make_segments}
 
 
 class Judge:

@@ -46,11 +46,13 @@ CASES = [
 ]
 CPU_CASES = ["tiny", "sft_800", "sft_3k"]
 CPU_IMPLS = ["dense", "varlen", "reference", "expanded_sdpa"]
-IMPLS = ["triton", "triton_deterministic", "flex", "varlen", "expanded_flash", "expanded_cudnn", "flex_dense_mask"]
-PLANNED = ("triton", "flex", "varlen")
+IMPLS = ["hopper", "hopper_deterministic", "triton", "triton_deterministic", "flex", "varlen"]
+IMPLS += ["expanded_flash", "expanded_cudnn", "flex_dense_mask"]
+PLANNED = ("hopper", "triton", "flex", "varlen")
 # What is not worth its time or does not fit: (N, N) masks of long tries, the gathered copies of varlen at 128k.
 SKIPPED = {
     "flex_dense_mask": {"grpo_forkjoin_59k", "short_64x1k", "sft_64k", "chain_128k", "chain_8k", "chain_16k", "sft_3k"},
+    "hopper_deterministic": {"chain_8k", "sft_64k"},
     "triton_deterministic": {"chain_8k", "sft_64k"},
     "varlen": {"sft_64k"},
     "expanded_flash": {"sft_64k"},

@@ -104,7 +104,7 @@ BAD_VALUES = {
     "impl": (
         None,
         {"impl": "cuda"},
-        r"impl must be 'auto' or one of triton, flex, varlen, dense, reference, got 'cuda'",
+        r"impl must be 'auto' or one of hopper, triton, flex, varlen, dense, reference, got 'cuda'",
     ),
 }
 
@@ -169,7 +169,7 @@ def test_debug_switch_checks_the_forest_for_every_impl(monkeypatch: pytest.Monke
 
 def test_available_impls_gives_reasons() -> None:
     impls = available_impls()
-    assert list(impls) == list(IMPLS) == ["triton", "flex", "varlen", "dense", "reference"]
+    assert list(impls) == list(IMPLS) == ["hopper", "triton", "flex", "varlen", "dense", "reference"]
     assert impls["dense"] is None
     assert impls["reference"] is None
     assert all(reason is None or len(reason) > 20 for reason in impls.values())
@@ -217,7 +217,7 @@ def test_auto_on_a_cpu_takes_long_segments_one_by_one() -> None:
 
 @pytest.mark.gpu
 def test_auto_on_a_gpu_is_triton() -> None:
-    q, k, v = (x.cuda() for x in qkv(dtype=torch.bfloat16))
+    q, k, v = (x.cuda() for x in qkv(dtype=torch.bfloat16))  # heads of 16, which the Hopper kernels do not take
     assert choose_impl(AttentionCall.build(q, k, v, TRIE.subtree_end.cuda())).name == "triton"
     wide = AttentionCall.build(*(x.cuda().double() for x in qkv()), TRIE.subtree_end.cuda())
     assert choose_impl(wide).name == "dense"

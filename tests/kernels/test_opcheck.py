@@ -22,7 +22,7 @@ def arguments(case: Case) -> tuple[Any, ...]:
     plan = make_plan(trie.subtree_end, window=case.window, block=64)
     q, k, v = (x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v))
     sinks = None if problem.sinks is None else problem.sinks.clone().requires_grad_()
-    return q, k, v, sinks, trie.subtree_end, depth, plan.data, 64, 0.25, case.window, case.softcap
+    return q, k, v, sinks, trie.subtree_end, depth, plan.data, 64, 0.25, case.window, case.softcap, False, False
 
 
 CASES = [Case(small_tries()[5]), Case(small_tries()[6], heads=(4, 2), window=5, softcap=3.0, sinks=True)]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tw_kernels.trie_attention import dense, flex, varlen
 from tw_kernels.trie_attention.call import AttentionCall
+from tw_kernels.trie_attention.hopper import support as hopper
 from tw_kernels.trie_attention.reference import reference_attention
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def _interpreting() -> bool:
 
 
 IMPLS: dict[str, Impl] = {
+    "hopper": Impl(hopper.why_unavailable, hopper.why_unsupported, hopper.hopper_attention),
     "triton": Impl(_triton_unavailable, _triton_unsupported, _triton_run),
     "flex": Impl(flex.why_unavailable, flex.why_unsupported, flex.flex_trie_attention),
     "varlen": Impl(varlen.why_unavailable, varlen.why_unsupported, varlen.varlen_attention),
@@ -151,9 +153,9 @@ def trie_attention(
         impl: "auto", or a key of `available_impls()`; a named implementation runs or raises, it never falls back.
             `choose_impl` says what "auto" picks.
         deterministic: Whether the backward must be bitwise repeatable. Defaults to
-            `torch.are_deterministic_algorithms_enabled()`.
+            `torch.are_deterministic_algorithms_enabled()`. Without it impl="hopper" adds up dq in any order.
         return_lse: Return `AttentionOutput(out, lse)`.
-        plan: `make_plan(subtree_end)`, to spare impl="triton" its planning; the others ignore it.
+        plan: `make_plan(subtree_end)`, to spare impl="hopper" and "triton" its planning; the others ignore it.
 
     Returns:
         Shape (N, H, Dv), dtype of `q` (autocast's dtype under autocast); reductions run in float32, in float64 for

@@ -1,4 +1,6 @@
-"""Registers the Triton kernels with torch.library: one op forward, one backward, one for the plan.
+"""Registers the kernels with torch.library: one op forward, one backward, one for the plan.
+
+With `hopper` the two attention ops launch the Gluon kernels of hopper/, else the portable Triton kernels.
 
 Saved for the backward: q, k, v, o, lse, sinks and the integer tensors (subtree_end, depth, plan). Computed again there:
 logits and probabilities. torch.compile sees opaque ops with fake kernels; the plan op is pure, so that a compiled graph
@@ -18,7 +20,7 @@ from tw_kernels.trie_attention.config import Pass, TileConfig, pick_config, plan
 from tw_kernels.trie_attention.forward import launch_forward
 from tw_kernels.trie_attention.plan import BlockPlan, cached_plan, plan_data, plan_size
 
-OPTIONS = "SymInt block, float scale, SymInt? window, float? softcap"
+OPTIONS = "SymInt block, float scale, SymInt? window, float? softcap, bool hopper, bool deterministic"
 PROBLEM = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor subtree_end, Tensor? depth, Tensor plan"
 # Defined by schema rather than by @custom_op, whose checks at each call cost more than a launch.
 torch.library.define(
@@ -54,9 +56,16 @@ def _forward_impl(
     scale: float,
     window: int | None,
     softcap: float | None,
+    hopper: bool,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """o (N, H, Dv) and lse (H, N) float32."""
+    blocks = BlockPlan(plan, q.shape[0], block, window)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        if hopper:
+            from tw_kernels.trie_attention.hopper import launch
+
+            return launch.launch_forward(q, k, v, subtree_end, blocks, scale=scale)
         return launch_forward(
             _addressable(q, block),
             _addressable(k, block),
@@ -64,7 +73,7 @@ def _forward_impl(
             subtree_end,
             depth,
             sinks,
-            BlockPlan(plan, q.shape[0], block, window),
+            blocks,
             scale=scale,
             window=window,
             softcap=softcap,
@@ -94,9 +103,19 @@ def _backward_impl(
     scale: float,
     window: int | None,
     softcap: float | None,
+    hopper: bool,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks, the last one empty without sinks."""
+    blocks = BlockPlan(plan, q.shape[0], block, window)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        if hopper:
+            from tw_kernels.trie_attention.hopper import launch
+
+            dq, dk, dv = launch.launch_backward(
+                q, k, v, subtree_end, blocks, o, lse, grad_o, scale=scale, deterministic=deterministic
+            )
+            return dq, dk, dv, q.new_empty(0)
         dq, dk, dv, dsinks = launch_backward(
             _addressable(q, block),
             _addressable(k, block),
@@ -104,7 +123,7 @@ def _backward_impl(
             subtree_end,
             depth,
             sinks,
-            BlockPlan(plan, q.shape[0], block, window),
+            blocks,
             o,
             lse,
             _addressable(grad_o, block),
@@ -137,17 +156,23 @@ def _backward(ctx: Any, grad_o: Tensor, _grad_lse: Tensor | None) -> tuple[Tenso
     *tensors, o, lse = ctx.saved_tensors
     dq, dk, dv, dsinks = torch.ops.threadweaver.trie_attention_backward(*tensors, o, lse, grad_o, *ctx.options)
     sinks = tensors[3]
-    return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
+    return dq, dk, dv, None if sinks is None else dsinks, *[None] * 9
 
 
 torch.library.register_autograd("threadweaver::trie_attention", _backward, setup_context=_setup_context)
 
 
 def triton_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Trie attention by the Triton kernels.
+    """Trie attention by the portable Triton kernels; see `kernel_attention`."""
+    return kernel_attention(call, hopper=False)
+
+
+def kernel_attention(call: AttentionCall, *, hopper: bool) -> tuple[Tensor, Tensor]:
+    """Trie attention by the kernels of this package.
 
     Args:
         call: A validated call of at least one row. Its plan, when given, must be that of its subtree_end and window.
+        hopper: Whether the Gluon kernels for sm_90 compute it; they must support the call.
 
     Returns:
         o (N, H, Dv) in q's dtype and lse (H, N) in float32, the latter without gradient.
@@ -174,9 +199,8 @@ def triton_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
             data = torch.ops.threadweaver.trie_plan(end, depth, call.window, block)
         else:
             data = cached_plan(end, depth, call.window, block).data
-    o, lse = torch.ops.threadweaver.trie_attention(
-        q, call.k, call.v, call.sinks, end, depth, data, block, scale, call.window, call.softcap
-    )
+    options = (block, scale, call.window, call.softcap, hopper, call.deterministic)
+    o, lse = torch.ops.threadweaver.trie_attention(q, call.k, call.v, call.sinks, end, depth, data, *options)
     return o, lse
 
 

@@ -1,0 +1,215 @@
+"""Gluon backward of trie attention for sm_90: one warp group loads, two compute 64 keys each, over tiles of 64 queries.
+
+Layout    q, do: (N, H, D); k, v, dk, dv: (N, Hkv, D); sums: (N, H, D) float32, all as descriptors (launch.py).
+          stats: (2, H, W) float32, W = N rounded up to blocks: lse in units of log 2, then delta (passes.py).
+Grid      one program per block of keys and key head: the `longest` blocks of all heads first, then head after head.
+Work      the transpose of the plan: partial tiles with the interval test, then full ones; each for the group's heads.
+          Tiles are transposed (keys down, queries across), so P^T and dS^T enter their products from registers.
+dq        with WITH_DQ each computing group makes half of its columns from the dS of both, and adds it to `sums` by TMA
+          reductions, whose order is not fixed: fast, and not bitwise repeatable. Without, dq is another pass.
+Overlap   the first product of the next tile runs while dq leaves. No product is in flight across the loop's back edge,
+          where ptxas would serialise all of them.
+Numerics  as backward.py: p = 2^(logits - lse); P and dS rounded to the inputs' dtype, sums in float32.
+Source    FlashAttention-3 (arXiv:2407.08608), appendix B, over listed tiles.
+Guarded by tests/kernels/test_hopper.py (emulated; on a GPU) and, for what ptxas makes of it, test_hopper_compile.py.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from tw_kernels.trie_attention.hopper.compat import tma_add, tma_load, tma_store, tma_store_wait
+from tw_kernels.trie_attention.hopper.parts import listed_block, read_int, tile_list, visible, write_int
+
+
+@gluon.jit
+def _load(
+    q_desc, k_desc, v_desc, do_desc, stats_desc, q_smem, k_smem, v_smem, do_smem, stats_smem,
+    tile_smem, kv_full, full, empty, plan_ptr, block, kv_head, num_blocks, kv_heads, group,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load K and V once, then queries, output gradients and their statistics, tile by tile."""
+    M: gl.constexpr = BLOCK // 2
+    per_block = 2 * group  # tiles
+    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma_load(k_desc, [kv_head, block * BLOCK, 0], kv_full, k_smem)
+    tma_load(v_desc, [kv_head, block * BLOCK, 0], kv_full, v_smem)
+    partial, n_partial, full_tiles, n_full, list_step = tile_list(plan_ptr, block, num_blocks, True)
+    width = num_blocks * BLOCK
+    # One tile more than there are: the consumers read ahead.
+    for t in range(0, (n_partial + n_full) * per_block + 1):
+        query_block = listed_block(partial, n_partial, full_tiles, n_full, list_step, t // per_block)
+        head = kv_head * group + t % group
+        first_q = query_block * BLOCK + (t // group % 2) * M
+        stage = t % STAGES
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes)
+        tma_load(q_desc, [head, first_q, 0], bar, q_smem.index(stage))
+        tma_load(stats_desc, [head * width + first_q], bar, stats_smem.index(2 * stage))
+        tma_load(do_desc, [head, first_q, 0], bar, do_smem.index(stage))
+        tma_load(stats_desc, [(kv_heads * group + head) * width + first_q], bar, stats_smem.index(2 * stage + 1))
+        is_partial = (t < n_partial * per_block).to(gl.int32)
+        write_int(tile_smem, 2 * stage, first_q)
+        write_int(tile_smem, 2 * stage + 1, head * 2 + is_partial)
+        mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def _compute(
+    dk_desc, dv_desc, dq_desc, q_smem, k_smem, v_smem, do_smem, stats_smem, ds_smem, dq_smem,
+    tile_smem, kv_full, full, empty, ds_full, done, plan_ptr, end_ptr, block, kv_head, n_rows, num_blocks,
+    group, scale, factor,
+    HALF: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, WITH_DQ: gl.constexpr, DQ_BUFFERS: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of one half of the keys; with WITH_DQ also one half of the columns of dq."""
+    M: gl.constexpr = BLOCK // 2
+    S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    K_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    Q_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
+    A_L: gl.constexpr = gl.DotOperandLayout(0, K_L, 2)
+    KEYS: gl.constexpr = gl.SliceLayout(1, S_L)
+    QUERIES: gl.constexpr = gl.SliceLayout(0, S_L)
+    dtype: gl.constexpr = q_smem.dtype
+    first_k = block * BLOCK + HALF * M
+    k_rows = first_k + gl.arange(0, M, KEYS)
+    k_ends = gl.load(end_ptr + k_rows, mask=k_rows < n_rows, other=0)
+    counts = plan_ptr + 3 * num_blocks + block
+    n_tiles = (gl.load(counts) + gl.load(counts + num_blocks)) * (2 * group)
+    k_all = k_smem.reshape([BLOCK, D])
+    k = k_all.slice(HALF * M, M, 0)
+    v = v_smem.reshape([BLOCK, D]).slice(HALF * M, M, 0)
+    zero = gl.zeros([M, M], gl.float32, S_L)
+    dk = gl.zeros([M, D], gl.float32, K_L)
+    dv = gl.zeros([M, D], gl.float32, K_L)
+    mbarrier.wait(kv_full, 0)
+    mbarrier.wait(full.index(0), 0)
+    s = warpgroup_mma(k, q_smem.index(0).reshape([M, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    for step in range(0, n_tiles):
+        stage = step % STAGES
+        q = q_smem.index(stage).reshape([M, D])
+        do = do_smem.index(stage).reshape([M, D])
+        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)  # (keys, queries), like s
+        first_q = read_int(tile_smem, 2 * stage)
+        head = read_int(tile_smem, 2 * stage + 1)
+        lse = stats_smem.index(2 * stage).load(QUERIES)
+        p = gl.exp2(s * factor - lse[None, :])
+        if head % 2 == 1:
+            q_rows = first_q + gl.arange(0, M, QUERIES)
+            p = gl.where(visible(q_rows[None, :], k_rows[:, None], k_ends[:, None], 0, 0, 0, False), p, 0.0)
+        p16 = gl.convert_layout(p.to(dtype), A_L, assert_trivial=True)
+        dv = warpgroup_mma(p16, do, dv, is_async=True)
+        delta = stats_smem.index(2 * stage + 1).load(QUERIES)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        ds = (p * (dp - delta[None, :])).to(dtype)
+        ds16 = gl.convert_layout(ds, A_L, assert_trivial=True)
+        dk = warpgroup_mma(ds16, q, dk, is_async=True)
+        if WITH_DQ:
+            # Two buffers: the other consumer has read one when it arrives at the next.
+            buffer = (step & 1) * 2
+            ds_smem.index(buffer + HALF).store(ds)
+            fence_async_shared()
+            mbarrier.arrive(ds_full, count=1)
+            mbarrier.wait(ds_full, step & 1)
+            k_columns = k_all.slice(HALF * (D // 2), D // 2, 1)
+            dq = gl.zeros([M, D // 2], gl.float32, Q_L)
+            dq = warpgroup_mma(
+                ds_smem.index(buffer).permute((1, 0)), k_columns.slice(0, M, 0), dq, use_acc=False, is_async=True
+            )
+            dq = warpgroup_mma(ds_smem.index(buffer + 1).permute((1, 0)), k_columns.slice(M, M, 0), dq, is_async=True)
+            dv, dk, p16, ds16 = warpgroup_mma_wait(2, deps=[dv, dk, p16, ds16])
+        else:
+            dv, dk, p16, ds16 = warpgroup_mma_wait(0, deps=[dv, dk, p16, ds16])
+        mbarrier.arrive(empty.index(stage), count=1)
+        # The next tile's first product runs while this one's dq leaves; no product is in flight across the back edge,
+        # where ptxas would serialise them all.
+        ahead = (step + 1) % STAGES
+        mbarrier.wait(full.index(ahead), ((step + 1) // STAGES) & 1)
+        s = warpgroup_mma(k, q_smem.index(ahead).reshape([M, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if WITH_DQ:
+            dq = warpgroup_mma_wait(1, deps=[dq])
+            tma_store_wait(DQ_BUFFERS - 1)
+            out = dq_smem.index((step % DQ_BUFFERS) * 2 + HALF)
+            out.reshape([M, D // 2]).store(dq)
+            fence_async_shared()
+            tma_add(dq_desc, [head // 2, first_q, HALF * (D // 2)], out)
+        s = warpgroup_mma_wait(0, deps=[s])
+    # The stages are spent once the other consumer has finished too; dk and dv leave through them.
+    mbarrier.arrive(done, count=1)
+    mbarrier.wait(done, 0)
+    spent = q_smem if HALF == 0 else do_smem
+    spent.index(0).reshape([M, D]).store((dk * scale).to(dtype))
+    spent.index(1).reshape([M, D]).store(dv.to(dtype))
+    fence_async_shared()
+    tma_store(dk_desc, [kv_head, first_k, 0], spent.index(0))
+    tma_store(dv_desc, [kv_head, first_k, 0], spent.index(1))
+    tma_store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["n_rows", "num_blocks", "longest", "kv_heads", "group"])
+def _dkv_kernel(
+    q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc, dq_desc, plan_ptr, end_ptr,
+    n_rows, num_blocks, longest, kv_heads, group, scale, factor,
+    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WITH_DQ: gl.constexpr, DQ_BUFFERS: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys and one key head; with WITH_DQ its part of dq, added to what is there."""
+    M: gl.constexpr = BLOCK // 2
+    dtype: gl.constexpr = q_desc.dtype
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    # The `longest` blocks of every head come first, for balance; then head after head, whose rows stay in L2.
+    item = gl.program_id(0)
+    rest = item - longest * kv_heads
+    shorter = gl.maximum(num_blocks - longest, 1)
+    kv_head = gl.where(rest < 0, item % kv_heads, rest // shorter)
+    rank = gl.where(rest < 0, item // kv_heads, longest + rest % shorter)
+    block = gl.load(plan_ptr + 5 * num_blocks + rank)
+    k_smem = gl.allocate_shared_memory(dtype, [1, BLOCK, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [1, BLOCK, D], v_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, M, D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, M, D], do_desc.layout)
+    stats_smem = gl.allocate_shared_memory(gl.float32, [2 * STAGES, M], stats_desc.layout)
+    DS_L: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, M], dtype)
+    ds_smem = gl.allocate_shared_memory(dtype, [4 if WITH_DQ else 1, M, M], DS_L)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2 * DQ_BUFFERS if WITH_DQ else 1, 1, M, D // 2], dq_desc.layout)
+    tile_smem = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    done = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    mbarrier.init(kv_full, count=1)
+    mbarrier.init(ds_full, count=2)
+    mbarrier.init(done, count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_load, (
+                q_desc, k_desc, v_desc, do_desc, stats_desc, q_smem, k_smem, v_smem, do_smem, stats_smem,
+                tile_smem, kv_full, full, empty, plan_ptr, block, kv_head, num_blocks, kv_heads, group, BLOCK, STAGES,
+            )),
+            (_compute, (
+                dk_desc, dv_desc, dq_desc, q_smem, k_smem, v_smem, do_smem, stats_smem, ds_smem, dq_smem,
+                tile_smem, kv_full, full, empty, ds_full, done, plan_ptr, end_ptr, block, kv_head, n_rows, num_blocks,
+                group, scale, factor, 0, D, BLOCK, STAGES, WITH_DQ, DQ_BUFFERS,
+            )),
+            (_compute, (
+                dk_desc, dv_desc, dq_desc, q_smem, k_smem, v_smem, do_smem, stats_smem, ds_smem, dq_smem,
+                tile_smem, kv_full, full, empty, ds_full, done, plan_ptr, end_ptr, block, kv_head, n_rows, num_blocks,
+                group, scale, factor, 1, D, BLOCK, STAGES, WITH_DQ, DQ_BUFFERS,
+            )),
+        ],
+        [4, 4],
+        [240, 240],
+    )  # fmt: skip

@@ -1,0 +1,208 @@
+"""Launchers of the Hopper kernels: they describe tensors to TMA, allocate and launch.
+
+A tensor (N, H, D) is described in three dimensions, heads first, so that any strides of 16 bytes serve and TMA itself
+clips the last tile of every head. Guarded by tests/kernels/test_hopper.py.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tw_kernels.trie_attention.backward import _dq_kernel
+from tw_kernels.trie_attention.config import matmul_precision, padded, pick_config
+from tw_kernels.trie_attention.hopper.backward import _dkv_kernel
+from tw_kernels.trie_attention.hopper.forward import _forward_kernel
+from tw_kernels.trie_attention.hopper.passes import after_kernel, before_kernel
+from tw_kernels.trie_attention.plan import BlockPlan, make_plan
+from tw_kernels.trie_attention.tiles import LOG2_E
+
+ROWS = 64  # of the passes before and after
+# Triton 3.10 turns contraction to multiply-add off by default.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+_DTYPES = {
+    torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.int32: gl.int32
+}  # fmt: skip
+
+
+@functools.cache
+def tile_layout(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Shared memory of a (1, rows, dim) tile, or of `dim` entries of a vector when rows is 0."""
+    element = _DTYPES[dtype]
+    if rows:
+        return gl.NVMMASharedLayout.get_default_for([1, rows, dim], element)
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=element.primitive_bitwidth, rank=1)
+
+
+def describe(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """Tiles of one head of x (N, H, D): `rows` rows and `columns` (default D) columns."""
+    n, heads, dim = x.shape
+    columns = columns or dim
+    # The stride of a dimension of one entry means nothing; TMA wants a multiple of 16 bytes all the same.
+    strides = [x.stride(1) if heads > 1 else dim, x.stride(0) if n > 1 else dim, 1]
+    return TensorDescriptor(x, [heads, n, dim], strides, [1, rows, columns], tile_layout(rows, columns, x.dtype))
+
+
+def describe_vector(x: Tensor, entries: int) -> TensorDescriptor:
+    """Runs of `entries` entries of x, one-dimensional and contiguous."""
+    return TensorDescriptor(x, [x.shape[0]], [1], [entries], tile_layout(0, entries, x.dtype))
+
+
+def describable(x: Tensor) -> Tensor:
+    """x, or a copy of it where its strides or its start are not such as TMA can address (16 bytes)."""
+    n, heads, _ = x.shape
+    strides = [s * x.element_size() for s, size in zip(x.stride()[:2], (n, heads), strict=True) if size > 1]
+    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float,
+    stages: int = 2,
+    persistent: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Allocate o (N, H, Dv) and lse (H, N) float32, launch.
+
+    Args:
+        q: Shape (N, H, D), N >= 1, float16 or bfloat16; any strides, at the price of a copy where TMA cannot use them.
+        k: Shape (N, Hkv, D).
+        v: Shape (N, Hkv, Dv).
+        subtree_end: Shape (N,), int32.
+        plan: The plan of `subtree_end`, without a window, in blocks of 128 rows.
+        scale: Logit scale, positive.
+        stages: Key and value tiles in shared memory.
+        persistent: One program a multiprocessor, instead of one an item.
+    """
+    n, heads, dim = q.shape
+    kv_heads, value_dim = v.shape[1:]
+    block = plan.block
+    q, k, v = describable(q), describable(k), describable(v)
+    end = subtree_end if subtree_end.data_ptr() % 16 == 0 else subtree_end.clone()
+    o = q.new_empty((n, heads, value_dim))
+    lse = q.new_empty((heads, n), dtype=torch.float32)
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    items = plan.num_blocks * heads
+    _forward_kernel[(min(items, _multiprocessors(q.device)) if persistent else items,)](
+        describe(q, block // 2), describe(k, block), describe(v, block), describe(o, block // 2),
+        describe_vector(end, block), plan.data, counter, lse,
+        n, plan.num_blocks, kv_heads, heads // kv_heads, scale * LOG2_E.value,
+        D=dim, DV=value_dim, BLOCK=block, STAGES=stages, PERSISTENT=persistent, **OPTIONS,
+    )  # fmt: skip
+    return o, lse
+
+
+def launch_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    plan: BlockPlan,
+    o: Tensor,
+    lse: Tensor,
+    grad_o: Tensor,
+    *,
+    scale: float,
+    deterministic: bool,
+    stages: int = 2,
+    dq_buffers: int = 2,
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate and compute dq, dk and dv.
+
+    Args:
+        q: As in `launch_forward`, like every argument not named here.
+        k: Shape (N, Hkv, D).
+        v: Shape (N, Hkv, D).
+        subtree_end: Shape (N,), int32.
+        plan: The forward's plan.
+        o: The forward's output. Shape (N, H, D).
+        lse: The forward's. Shape (H, N), float32.
+        grad_o: Gradient of the loss by `o`. Shape (N, H, D).
+        scale: Logit scale, positive.
+        deterministic: Compute dq in a pass of its own, the portable one, instead of adding it up in any order.
+        stages: Query and output gradient tiles in shared memory.
+        dq_buffers: Tiles of dq on their way out.
+        longest: Key blocks of every head that come before all others. Defaults to those of the first wave.
+    """
+    n, heads, dim = q.shape
+    kv_heads = v.shape[1]
+    block = plan.block
+    q, k, v, grad_o = describable(q), describable(k), describable(v), describable(grad_o)
+    dq, dk, dv = q.new_empty((n, heads, dim)), k.new_empty((n, kv_heads, dim)), v.new_empty((n, kv_heads, dim))
+    width = plan.num_blocks * block
+    stats = q.new_empty((2 * heads * width,), dtype=torch.float32)
+    # One row where the sums are unused: a kernel has one signature.
+    sums = q.new_empty((heads, 1 if deterministic else n, dim), dtype=torch.float32).transpose(0, 1)
+    before_kernel[(width // ROWS, heads)](
+        o, grad_o, lse, stats, None if deterministic else sums,
+        o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), n, width, D=dim, ROWS=ROWS, **OPTIONS,
+    )  # fmt: skip
+    if longest is None:
+        longest = min(plan.num_blocks, -(-_multiprocessors(q.device) // kv_heads))
+    _dkv_kernel[(plan.num_blocks * kv_heads,)](
+        describe(q, block // 2), describe(k, block), describe(v, block), describe(grad_o, block // 2),
+        describe_vector(stats, block // 2), describe(dk, block // 2), describe(dv, block // 2),
+        describe(sums, block // 2, dim // 2), plan.data, subtree_end,
+        n, plan.num_blocks, longest, kv_heads, heads // kv_heads, scale, scale * LOG2_E.value,
+        D=dim, BLOCK=block, STAGES=stages, WITH_DQ=not deterministic, DQ_BUFFERS=dq_buffers, **OPTIONS,
+    )  # fmt: skip
+    if deterministic:
+        _dq_pass(q, k, v, subtree_end, plan, o, lse, grad_o, dq, scale)
+    else:
+        after_kernel[(-(-n // ROWS), heads)](
+            sums, dq, dq.stride(0), dq.stride(1), n, scale, D=dim, ROWS=ROWS, **OPTIONS
+        )
+    return dq, dk, dv
+
+
+def _dq_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    plan: BlockPlan,
+    o: Tensor,
+    lse: Tensor,
+    grad_o: Tensor,
+    dq: Tensor,
+    scale: float,
+) -> None:
+    """Fill dq by the portable kernel; arguments as in `launch_backward`."""
+    n, heads, dim = q.shape
+    kv_heads = v.shape[1]
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    config = pick_config(dim, dim, q.dtype, capability, "dq")
+    delta = q.new_empty((heads, n), dtype=torch.float32)
+    _dq_kernel[(plan.num_blocks * (plan.block // config.block_m) * heads,)](
+        q, k, v, subtree_end, None, plan.data, o, grad_o, lse, delta, dq,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), dq.stride(0), dq.stride(1),
+        n, plan.num_blocks, 0, scale, 1.0, D=dim, DV=dim, BLOCK_D=padded(dim), BLOCK_DV=padded(dim),
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, BLOCK=plan.block, HAS_SOFTCAP=False,
+        PRECISION=matmul_precision(), **config.options(),
+    )  # fmt: skip
+
+
+def try_one_row(dim: int, dtype: torch.dtype) -> None:
+    """Compile and launch every kernel of one shape for one row; raises what Triton raises."""
+    x = torch.zeros((1, 1, dim), dtype=dtype, device="cuda")
+    end = torch.ones(1, dtype=torch.int32, device="cuda")
+    plan = make_plan(end)
+    o, lse = launch_forward(x, x, x, end, plan, scale=1.0)
+    for deterministic in (False, True):
+        launch_backward(x, x, x, end, plan, o, lse, x, scale=1.0, deterministic=deterministic)

@@ -1,0 +1,72 @@
+"""What ptxas makes of the Hopper kernels, with the installed Triton and with a second version.
+
+No GPU is needed. TW_OTHER_TRITON names the Python of an environment with another Triton (`make test-oldest-triton`
+makes one and sets it); without it the second half is skipped.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+SHARED_90 = 232_448  # bytes that a block can have
+# Bytes that the two computing groups together may spill: the backward for heads of 128 holds every register, and what
+# is spilled are loop constants (docs/performance.md).
+SPILLS = {("backward", 128): 420}
+
+JOBS = [
+    {"kernel": kernel, "dim": dim, "dtype": dtype, "constants": constants}
+    for dim, dtype in [(64, "float16"), (64, "bfloat16"), (128, "bfloat16"), (128, "float16")]
+    for kernel, constants in [("forward", {}), ("backward", {}), ("backward", {"WITH_DQ": False})]
+]
+
+
+def reports(python: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(["src", "."])
+    done = subprocess.run(
+        [python, "-m", "tests.support.compiled_gluon"],
+        input="\n".join(map(json.dumps, jobs)),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check(report: dict[str, Any]) -> None:
+    job = report["job"]
+    assert report["serialized"] == [], report
+    assert report["wgmma"] >= 40, report
+    assert report["registers"] == 168, report  # a third of the file each, before the groups trade registers
+    assert report["shared"] <= SHARED_90, report
+    assert report["spill_bytes"] <= SPILLS.get((job["kernel"], job["dim"]), 0), report
+    assert {"n_rows", "num_blocks", "kv_heads", "group"} <= set(report["general"]), report
+
+
+def test_sm_90_with_the_installed_triton() -> None:
+    got = reports(sys.executable, JOBS[1:2] + JOBS[6:9])
+    assert len(got) == 4
+    for report in got:
+        check(report)
+
+
+@pytest.mark.slow
+def test_sm_90_with_the_installed_triton_all_shapes() -> None:
+    for report in reports(sys.executable, JOBS):
+        check(report)
+
+
+@pytest.mark.skipif("TW_OTHER_TRITON" not in os.environ, reason="TW_OTHER_TRITON names no Python with another Triton")
+def test_sm_90_with_another_triton() -> None:
+    import triton
+
+    got = reports(os.environ["TW_OTHER_TRITON"], JOBS)
+    assert len(got) == len(JOBS)
+    for report in got:
+        assert report["triton"] != triton.__version__
+        check(report)
