@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 
 from tw_recipes.datagen.reasons import DatagenError
 
-
 _INSTANT = 1e-6  # seconds; shorter waits are rounding
 
 
