@@ -5,8 +5,8 @@
 
 A step is what the trainers do with a scored micro-batch: `compute_loss` (with its metrics), backward, clipping, AdamW.
 Both have random weights of the shape, bfloat16, activation checkpointing and TRL's fused head; step_ms is the median of
-`--repeats` steps after one that warms up, peak_mib the allocator's peak, step_mib that peak less what was allocated
-before the step (weights, optimizer state). Cases: pP_cC[_xK] is K prompts (default 1) of P tokens with 8 completions of
+`--repeats` steps after one that warms up (fewer where they last longer than `--seconds`), peak_mib the allocator's
+peak, step_mib that peak less what was allocated before the step (weights, optimizer state). Cases: pP_cC[_xK] is K prompts (default 1) of P tokens with 8 completions of
 C tokens each. All are of one length, so that stock pads nothing and its attention takes the causal flash kernels: its
 best case. forkjoin is a group of 4 fork/join rollouts of two blocks; "units" computes every engine call as a sequence
 of its own, padding-free, through varlen flash attention.
@@ -24,7 +24,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -205,7 +204,7 @@ class Measured(NamedTuple):
     gradient_norm: float
 
 
-def measure(trainer: GRPOTrainer, batch: Batch, repeats: int) -> Measured:
+def measure(trainer: GRPOTrainer, batch: Batch, repeats: int, limit: float) -> Measured:
     """Median time of an update step, memory, and the norm of the first step's gradient."""
     device = trainer.accelerator.device
     on_device = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "completion_parents"}
@@ -229,6 +228,8 @@ def measure(trainer: GRPOTrainer, batch: Batch, repeats: int) -> Measured:
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+        if sum(seconds[1:]) > limit:
+            break
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return Measured(
         1e3 * median(seconds[1:]),
@@ -246,7 +247,7 @@ def step_flops(config: Any, work: Work, lora: bool) -> float:
 
 
 def run_shape(
-    name: str, cases: list[str], device: torch.device, impls: dict[str, str], repeats: int
+    name: str, cases: list[str], device: torch.device, impls: dict[str, str], repeats: int, limit: float
 ) -> Iterator[dict[str, Any]]:
     """All records of one shape: each trainer is built once and goes through its cases."""
     shape = SHAPES[name]
@@ -262,7 +263,7 @@ def run_shape(
             continue
         trainer = build(shape, kind, device, impls.get(kind, ""))
         for case in wanted:
-            found[case][kind] = measure(trainer, batches[case], repeats)
+            found[case][kind] = measure(trainer, batches[case], repeats, limit)
             print(f"{name} {case} {kind} {found[case][kind]}", flush=True)
         del trainer
         gc.collect()
@@ -307,7 +308,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="qwen3_4b_lora,qwen3_0.6b_full", help="comma-separated")
     parser.add_argument("--cases", help="comma-separated; default: those of the shape")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of a case")
+    parser.add_argument("--seconds", type=float, default=60.0, help="no further timed step of a case after this time")
     parser.add_argument("--impl", help="implementation of the trie run; default triton, dense with --tiny")
     parser.add_argument("--tiny", action="store_true", help="toy models on the CPU")
     parser.add_argument("--out", default="grpo", help="a .json file; default benchmarks/results/grpo-<device>.json")
@@ -318,10 +320,9 @@ def main(argv: list[str] | None = None) -> int:
     records: list[dict[str, Any]] = []
     for name in ("tiny_lora", "tiny_full") if args.tiny else args.shapes.split(","):
         cases = args.cases.split(",") if args.cases else CASES[name]
-        records += run_shape(name, cases, device, impls, args.repeats)
+        records += run_shape(name, cases, device, impls, args.repeats, args.seconds)
         command = "python -m benchmarks.bench_grpo " + " ".join(sys.argv[1:] if argv is None else argv)
-        path: str | Path = args.out
-        write_records(path, records, command=command, seed=0, device=device.type)
+        write_records(args.out, records, command=command, seed=0, device=device.type)
     return 0
 
 

@@ -4,7 +4,8 @@ AsyncGRPOTrainer packs rollouts into tries itself and hands every layer the runs
 own attention gathers keys and values along each run's path, in every layer, and needs FlashAttention 3. Here the same
 arguments become one `subtree_end`, so nothing is gathered, and any GPU will do.
 
-    vllm serve Qwen/Qwen3-0.6B --weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs
+    VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/Qwen3-0.6B --logprobs-mode processed_logprobs \\
+        --weight-transfer-config '{"backend": "nccl"}'
     accelerate launch examples/grpo/async_tree_attention.py
 
 Test: tests/recipes/grpo/test_async_example.py.
