@@ -6,10 +6,12 @@
 A step is what the trainers do with a scored micro-batch: `compute_loss` (with its metrics), backward, clipping, AdamW.
 Both have random weights of the shape, bfloat16, activation checkpointing and TRL's fused head; step_ms is the median of
 `--repeats` steps after one that warms up (fewer where they last longer than `--seconds`), peak_mib the allocator's
-peak, step_mib that peak less what was allocated before the step (weights, optimizer state). Cases: pP_cC[_xK] is K prompts (default 1) of P tokens with 8 completions of
-C tokens each. All are of one length, so that stock pads nothing and its attention takes the causal flash kernels: its
-best case. forkjoin is a group of 4 fork/join rollouts of two blocks; "units" computes every engine call as a sequence
-of its own, padding-free, through varlen flash attention.
+peak, step_mib that peak less what was allocated before the step (weights, optimizer state).
+
+Cases: pP_cC[_xK] is K prompts (default 1) of P tokens with 8 completions of C tokens each. All are of one length, so
+that stock pads nothing and its attention takes the causal flash kernels: its best case. forkjoin is a group of 4
+fork/join rollouts of two blocks; "units" computes every engine call as a sequence of its own, padding-free, through
+varlen flash attention.
 
 flop_ratio counts forward, recomputation and backward of linear layers, attention and head; sharing_efficiency =
 (step_ms of the other / step_ms of trie) / flop_ratio.
