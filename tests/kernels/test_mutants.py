@@ -1,8 +1,15 @@
-"""The mutation check of tests/kernels/mutants.py as a slow test."""
+"""The mutation check of tests/kernels/mutants.py: that its edits apply in every run, the check itself as a slow test."""
 
 import pytest
 
-from tests.kernels.mutants import MUTANTS, survives
+from tests.kernels.mutants import FOLDER, MUTANTS, ROOT, survives
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_edit_applies(mutant) -> None:
+    text = (ROOT / "src" / FOLDER / mutant.file).read_text()
+    assert mutant.old in text
+    assert mutant.new != mutant.old
 
 
 @pytest.mark.slow
