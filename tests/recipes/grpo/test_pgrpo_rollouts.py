@@ -4,7 +4,10 @@ import asyncio
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
+from tests.recipes.decoding.test_decoder_properties import EOS as STOP
+from tests.recipes.decoding.test_decoder_properties import played
 from tests.support.pgrpo import TEXTS, failing, scripted, tokenizer
 from tw_core import ReasoningTrie, TagIds
 from tw_recipes.decoding.decoder import ForkJoinDecoder
@@ -102,3 +105,24 @@ def test_a_thread_that_ended_in_eos_is_no_finished_response():
     row = rollout_row(rollout, [EOS])
     assert row.completion_ids[-1] != EOS
     assert sum(row.mask) == rollout.generated_tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(rollout=played())
+def test_laws_of_rows(rollout):
+    """Any engine, any failure, any limits: see tests/recipes/decoding/test_decoder_properties.py."""
+    row = rollout_row(rollout, [STOP])
+    found = paths(row)
+    scored = sorted(found[place] for place, trained in enumerate(row.mask) if trained)
+    drawn = []
+    for context, completion in rollout.units:
+        seen = context.tolist()[rollout.prompt_length :]
+        drawn += [[*seen, *completion[: k + 1].tolist()] for k in range(len(completion))]
+    assert scored == sorted(drawn)
+    assert len(set(map(tuple, found.values()))) == len(found)  # a trie: no path stands twice
+    if rollout.units:
+        assert (row.completion_ids[-1] == STOP) == rollout.ok
+        if rollout.complete:
+            assert found[len(found) - 1] == rollout.response_ids.tolist()
+    if rollout.logprobs is not None and rollout.units:
+        assert row.logprobs == [-1.0 * trained for trained in row.mask]
