@@ -1,4 +1,4 @@
-"""The mutation check of tests/kernels/mutants.py: that its edits apply in every run, the check itself as a slow test."""
+"""The mutation check of tests/kernels/mutants.py: its edits apply in every run; the check itself is a slow test."""
 
 import pytest
 
