@@ -26,12 +26,12 @@ def traces(count: int, *, seed: int = 0, offset: int = 0) -> list[Trace]:
     return found
 
 
-def trace_file(path: Path, count: int, *, seed: int = 0) -> Path:
+def trace_file(path: Path, count: int, *, seed: int = 0, offset: int = 0) -> Path:
     """A JSONL file of traces with the default columns."""
     return write_jsonl(
         path,
         (
             {"question": t.question, "reasoning": t.reasoning, "answer": t.answer, "ground_truth": t.truth}
-            for t in traces(count, seed=seed)
+            for t in traces(count, seed=seed, offset=offset)
         ),
     )
