@@ -24,6 +24,9 @@ from tw_recipes.decoding.decoder import ForkJoinDecoder
 from tw_recipes.decoding.rollout import Call, Rollout
 from tw_recipes.decoding.rollout import Path as Path_
 
+THINK = "<think>\n"
+"""What opens the reasoning, where a response starts inside it."""
+
 
 class RolloutFileError(ThreadWeaverError, ValueError):
     """A file of trajectories belongs to another run, or is broken before its last line."""

@@ -21,9 +21,7 @@ from tw_recipes.data import read_rows
 from tw_recipes.decoding.decoder import ForkJoinDecoder
 from tw_recipes.decoding.engine import Engine, Sampling
 from tw_recipes.decoding.limits import Limits
-from tw_recipes.rollout import Prompt, RolloutSummary, rollout
-
-THINK = "<think>\n"
+from tw_recipes.rollout import THINK, Prompt, RolloutSummary, rollout
 
 
 @dataclass(frozen=True)

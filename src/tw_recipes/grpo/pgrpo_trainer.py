@@ -39,8 +39,7 @@ from tw_recipes.rewards import (
     guarded,
     length_penalty,
 )
-from tw_recipes.rollout import trajectory_row
-from tw_recipes.rollout_command import THINK
+from tw_recipes.rollout import THINK, trajectory_row
 
 logger = logging.getLogger(__name__)
 
