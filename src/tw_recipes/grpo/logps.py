@@ -108,7 +108,8 @@ class TrieLogps:
         if training:
             self._logical_tokens += sequences.num_tokens
             self._computed_tokens += sum(forward.packed.num_tokens for forward in forwards)
-        forwards += [idle_forward()] * (self._largest_over_ranks(max(len(forwards), 1)) - len(forwards))
+        missing = self._largest_over_ranks(max(len(forwards), 1)) - len(forwards)
+        forwards += [idle_forward() for _ in range(missing)]
         results = [self._run(model, forward, compute_entropy, compute_aux_loss) for forward in forwards]
         places = torch.cat([forward.slots for forward in forwards]).to(input_ids.device)
         shape = (input_ids.shape[0], logits_to_keep)

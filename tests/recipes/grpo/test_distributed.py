@@ -14,12 +14,14 @@ from tests.support.grpo import GROUP, PROMPTS, branching_rollouts, chain_rollout
 from tests.support.models import tiny_model
 from tests.support.sft import BYTE_VOCAB, parameters
 from tests.support.tries import largest_error
+from tw_recipes.grpo import logps
+from tw_recipes.grpo.layout import idle_forward
 
 # A group has two completions on each rank in one case and is whole in the other; the budget cuts rank 0, whose
 # prompts are longer, into more forwards than rank 1.
 SPLIT = {"per_device_train_batch_size": GROUP // 2}
 WHOLE = {"per_device_train_batch_size": GROUP}
-UNEVEN = {"max_tokens_per_forward": 90, "shuffle_dataset": False, "verify_first_step": True}
+UNEVEN = {"max_tokens_per_forward": 66, "shuffle_dataset": False, "verify_first_step": True}
 LONG_FIRST = [PROMPTS[3], PROMPTS[2], PROMPTS[3] + " three,", "y"]
 UPDATES = {"num_iterations": 2, "learning_rate": 3e-1, "epsilon": 0.02, "beta": 0.1}
 
@@ -30,11 +32,16 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _save(trainer, recorded, path):
+def _train_and_save(trainer, path):
+    """Gradients and metrics of the run, and how many forwards each rank ran only to keep step with the other."""
+    idle = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logps, "idle_forward", lambda: idle.append(1) or idle_forward())
+        gradients, metrics = train(trainer)
+    idle = trainer.accelerator.gather(torch.tensor([len(idle)])).tolist()
     if trainer.accelerator.is_main_process:
-        gradients, metrics = recorded
         gradients = [{name.removeprefix("module."): g for name, g in step.items()} for step in gradients]
-        torch.save({"gradients": gradients, "metrics": metrics}, path)
+        torch.save({"gradients": gradients, "metrics": metrics, "idle": idle}, path)
 
 
 def _ddp(directory: str) -> None:
@@ -47,7 +54,7 @@ def _ddp(directory: str) -> None:
             "trie", f"{directory}/{name}", prompts=LONG_FIRST, rollout_func=rollouts, **options, **UPDATES
         )
         assert trainer.accelerator.num_processes == 2
-        _save(trainer, train(trainer), f"{directory}/{name}.pt")
+        _train_and_save(trainer, f"{directory}/{name}.pt")
 
 
 def _fsdp2(directory: str, rank: int) -> None:
@@ -116,6 +123,8 @@ def test_ddp_equals_one_process(two_processes, tmp_path, name, kind, rollouts, s
         for metric in {metric for metric in theirs if not metric.endswith(("_time", "_second", "sharing_ratio"))}:
             assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5, abs=1e-5), metric
     assert found["metrics"][0]["verified_logp_difference"] < 1e-4
+    if name != "chains_split":
+        assert found["idle"][1] > found["idle"][0] == 0
 
 
 def test_fsdp2_equals_one_process(two_processes, tmp_path):

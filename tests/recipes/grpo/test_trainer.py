@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig
 from trl import GRPOConfig
 
-from tests.support.grpo import GROUP, PROMPTS, make_trainer, saved_model, token_reward, train
+from tests.support.grpo import GROUP, PROMPTS, branching_rollouts, make_trainer, saved_model, token_reward, train
 from tests.support.models import tiny_model
 from tests.support.sft import BYTE_VOCAB
 from tests.support.tries import largest_error
@@ -177,8 +177,14 @@ def test_both_models_are_installed(tmp_path):
         assert model.config._attn_implementation == "trie_dense"
 
 
-def test_verification_passes_and_is_logged_once(tmp_path):
-    _, metrics = train(make_trainer("trie", tmp_path, verify_first_step=True))
+@pytest.mark.parametrize("kind", ["chains", "branching", "lora"])
+def test_verification_passes_and_is_logged_once(kind, tmp_path):
+    options = {
+        "chains": {"family": "gemma3"},
+        "branching": {"rollout_func": branching_rollouts},
+        "lora": {"peft_config": LoraConfig(**LORA)},
+    }[kind]
+    _, metrics = train(make_trainer("trie", tmp_path, verify_first_step=True, **options))
     assert 0 < metrics[0]["verified_logp_difference"] < 1e-4
     assert "verified_logp_difference" not in metrics[1]
 
