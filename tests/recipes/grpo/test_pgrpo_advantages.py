@@ -10,7 +10,7 @@ import torch
 from tests.support.pgrpo import pgrpo_trainer
 from tw_recipes.grpo.pgrpo_trainer import groups_with_signal
 
-CASES = json.loads(Path("tests/data/advantage_cases.json").read_text())["advantages"]
+CASES = json.loads((Path(__file__).parents[2] / "data" / "advantage_cases.json").read_text())["advantages"]
 EPS, OURS = 1e-6, 1e-4  # added to the standard deviation: the recorded code, TRL
 
 

@@ -18,7 +18,7 @@ from tw_recipes.rewards import (
     length_penalty,
 )
 
-CASES = json.loads(Path("tests/data/advantage_cases.json").read_text())["length_penalty"]
+CASES = json.loads((Path(__file__).parents[2] / "data" / "advantage_cases.json").read_text())["length_penalty"]
 
 
 class CountingGrader(ExactGrader):
