@@ -14,8 +14,7 @@ the report says. Tests: tests/recipes/pipelines.
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.utils import logging as transformers_logging
 
 from tw_recipes.data import fork_join_text, read_rows, write_jsonl
 from tw_recipes.pipelines import report
 from tw_recipes.pipelines.comparison import compare, measure
+from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.training import BATCH, OnStep, Trained, train
 from tw_recipes.tasks import get_task
 from tw_recipes.tasks.model import tiny_model
@@ -194,25 +193,6 @@ class _Run:
         with Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console) as progress:
             handle = progress.add_task(title, total=total, figures="")
             yield lambda done, figures: progress.update(handle, completed=done, figures=figures)
-
-
-def quietly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run with the libraries' own progress bars and warnings off, and put them back."""
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        verbosity, shown = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return function(*args, **kwargs)
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-            if shown:
-                transformers_logging.enable_progress_bar()
-
-    return wrapped
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tw_recipes import cli
-from tw_recipes.pipelines.quickstart import quietly
+from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.reproduce import command, report
 from tw_recipes.pipelines.reproduce.settings import (
     PRESETS,

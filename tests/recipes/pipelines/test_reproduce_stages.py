@@ -87,6 +87,7 @@ def test_one_flag_an_ablation() -> None:
     assert changed == {"std_normalisation": True, "leaky": True, "rho": 0.0, "rounds": 2, "nested": True}
     small = settings_of("cpu", scale=0.001)
     assert (small.training.start_steps, small.training.steps, small.evaluation.problems) == (1, 1, 4)
+    assert settings_of("cpu", rl_steps=0).reinforcement.steps == 0
     assert settings_of("h100", scale=0.001).training.start_steps == 0  # none stays none
     for words, message in (
         ({"rounds": 3}, "rounds must be 0, 1 or 2, got 3"),

@@ -19,12 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
 from transformers import set_seed
 
-from tw_recipes.pipelines.quickstart import quietly
+from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.reproduce import report
 from tw_recipes.pipelines.reproduce.rows import SIDES
 from tw_recipes.pipelines.reproduce.settings import PRESETS, Settings
@@ -68,6 +65,7 @@ def settings_of(
     task: str | None = None,
     seed: int = 0,
     rounds: int | None = None,
+    rl_steps: int | None = None,
     rho: float | None = None,
     std_normalisation: bool = False,
     leaky_loss: bool = False,
@@ -103,7 +101,10 @@ def settings_of(
             own, rounds=own.rounds if rounds is None else rounds, prompts=part(own.prompts, 2), steps=part(own.steps)
         ),
         reinforcement=replace(
-            rl, steps=part(rl.steps, 2), rho=rl.rho if rho is None else rho, std_normalisation=std_normalisation
+            rl,
+            steps=part(rl.steps, 2) if rl_steps is None else rl_steps,
+            rho=rl.rho if rho is None else rho,
+            std_normalisation=std_normalisation,
         ),
         evaluation=replace(evaluation, problems=part(evaluation.problems, 4), timed=part(evaluation.timed)),
     )
@@ -141,6 +142,7 @@ def run(
     task: str | None = None,
     seed: int = 0,
     rounds: int | None = None,
+    rl_steps: int | None = None,
     rho: float | None = None,
     std_normalisation: bool = False,
     leaky_loss: bool = False,
@@ -157,6 +159,7 @@ def run(
         task: products, multiply or adaptive. Default: the preset's.
         seed: Of everything.
         rounds: Rounds of self-training, 0, 1 or 2.
+        rl_steps: Steps of reinforcement learning of each side; 0 leaves it out.
         rho: Weight of the acceleration in the reward; 0 rewards correctness alone.
         std_normalisation: Divide advantages by the standard deviation of the group.
         leaky_loss: Loss on injected headers and joined copies too, as the published code has it.
@@ -170,6 +173,7 @@ def run(
         task=task,
         seed=seed,
         rounds=rounds,
+        rl_steps=rl_steps,
         rho=rho,
         std_normalisation=std_normalisation,
         leaky_loss=leaky_loss,
@@ -178,6 +182,9 @@ def run(
         threads=threads,
     )
     results = reproduce(settings, out, minutes=minutes)
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("", *report.NAMES.values(), title=f"reproduce: {settings.task}, seed {seed}")
     for row in report.summary_rows(results):
         table.add_row(*row)
@@ -187,6 +194,8 @@ def run(
 
 def main(argv: Sequence[str]) -> int:
     """Run `reproduce` from flags; see the module docstring for the exit status."""
+    import tyro
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         quietly(tyro.cli)(run, args=list(argv), prog="threadweaver reproduce", description=run.__doc__)

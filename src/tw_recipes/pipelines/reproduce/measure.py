@@ -2,8 +2,8 @@
 
     problems ──ForkJoinDecoder──► trajectories.jsonl (goes on after a kill) ──grade──► figures of one stage
 
-Held-out problems are decoded greedily by `LockstepEngine`, whose results do not depend on a clock; wall clock is
-measured with `TransformersEngine`, continuous batching, what a user would run in this process.
+Held-out problems are decoded by `LockstepEngine`, whose results do not depend on a clock; wall clock is measured with
+`TransformersEngine`, continuous batching, what a user would run in this process, greedily.
 Tests: tests/recipes/pipelines/test_reproduce_measure.py.
 """
 

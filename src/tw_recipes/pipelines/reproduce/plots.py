@@ -38,7 +38,7 @@ def training(path: Path, sides: Mapping[str, Any]) -> Path:
     left, right = figure.subplots(1, 2)
     for name, label in LABELS.items():
         done, steps, losses, accuracies = 0, [], [], []
-        for stage in sides[name].trained[:-1]:
+        for stage in sides[name].supervised:
             for step, loss, accuracy in stage.figures["curve"]:
                 steps.append(done + step)
                 losses.append(loss)
@@ -58,7 +58,7 @@ def reinforcement(path: Path, sides: Mapping[str, Any]) -> Path:
     names = ("accuracy", "token_latency", "activation_ratio")
     for axes, name in zip(figure.subplots(1, 3), names, strict=True):
         for side, label in LABELS.items():
-            values = sides[side].trained[-1].figures["curve"][name]
+            values = [value for stage in sides[side].reinforced for value in stage.figures["curve"][name]]
             axes.plot(range(1, len(values) + 1), values, marker=".", color=COLORS[side], label=label)
         axes.set(xlabel="step of reinforcement learning", title=name.replace("_", " "))
         axes.grid(alpha=0.3)

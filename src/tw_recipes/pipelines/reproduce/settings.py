@@ -49,7 +49,7 @@ class Training:
 
     batch: int = 8
     start_steps: int = 800
-    steps: int = 500
+    steps: int = 800
     sequential_share: float = 0.3
     second_lr: float = 0.75
     leaky_loss: bool = False
@@ -79,7 +79,7 @@ class Reinforcement:
     """P-GRPO for the fork/join side, GRPO without forks and without bonus for the sequential side.
 
     Attributes:
-        steps: Optimizer steps of each.
+        steps: Optimizer steps of each; 0 leaves reinforcement learning out.
         prompts: Prompts of a step.
         generations: Responses of a prompt.
         lr: Learning rate of AdamW.
@@ -88,7 +88,7 @@ class Reinforcement:
         std_normalisation: Ablation: divide advantages by the standard deviation of the group.
     """
 
-    steps: int = 16
+    steps: int = 24
     prompts: int = 8
     generations: int = 4
     lr: float = 3e-4
@@ -99,15 +99,19 @@ class Reinforcement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Greedy decoding of held-out problems.
+    """Decoding of held-out problems, one response each.
 
     Attributes:
         problems: How many.
+        temperature: 0.6 with top-p 0.95 is the paper's setting. Greedy decoding would hide how often a model forks.
+        top_p: Nucleus.
         batches: Problems in flight when the wall clock is measured.
         timed: Problems that are decoded for each of `batches`; at least so many as are in flight.
     """
 
     problems: int = 200
+    temperature: float = 0.6
+    top_p: float = 0.95
     batches: tuple[int, ...] = (1, 4, 16)
     timed: int = 8
 

@@ -26,7 +26,7 @@ from tw_recipes.datagen.self_training import self_train_select
 from tw_recipes.decoding.engine import Sampling
 from tw_recipes.grpo.pgrpo_config import PGRPOConfig
 from tw_recipes.grpo.pgrpo_trainer import PGRPOTrainer
-from tw_recipes.pipelines.quickstart import quietly
+from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.reproduce import measure, rows
 from tw_recipes.pipelines.reproduce.rows import Side
 from tw_recipes.pipelines.reproduce.settings import Settings
@@ -50,14 +50,21 @@ class SideResult:
     """The stages of one side.
 
     Attributes:
-        trained: Stages that trained a model, in order: sft, self_training_…, rl.
+        supervised: Stages of supervised training, in order: sft, self_training_….
+        reinforced: The stage of reinforcement learning, if there is one.
         evaluated: The evaluation of each of them.
         clock: Wall clock of the last one.
     """
 
-    trained: tuple[Stage, ...]
+    supervised: tuple[Stage, ...]
+    reinforced: tuple[Stage, ...]
     evaluated: tuple[Stage, ...]
     clock: Stage
+
+    @property
+    def trained(self) -> tuple[Stage, ...]:
+        """All stages that trained a model, in order."""
+        return self.supervised + self.reinforced
 
 
 class Worker:
@@ -104,14 +111,13 @@ class Worker:
 
     def side(self, side: Side) -> SideResult:
         """Every stage of one side."""
-        fork = side == "forkjoin"
-        sft = self._sft(side)
-        trained = [sft]
+        supervised = [self._sft(side)]
         for round in range(self.settings.self_training.rounds):
-            trained.append(self._self_training(side, round, trained[-1]))
-        trained.append(self._reinforcement(side, trained[-1]))
+            supervised.append(self._self_training(side, round, supervised[-1]))
+        reinforced = [self._reinforcement(side, supervised[-1])] if self.settings.reinforcement.steps else []
+        trained = [*supervised, *reinforced]
         evaluated = tuple(self._evaluation(side, stage) for stage in trained)
-        return SideResult(tuple(trained), evaluated, self._clock(side, trained[-1], fork=fork))
+        return SideResult(tuple(supervised), tuple(reinforced), evaluated, self._clock(side, trained[-1]))
 
     def _sft(self, side: Side) -> Stage:
         settings, training = self.settings, self.settings.training
@@ -136,7 +142,7 @@ class Worker:
         def work(folder: Path) -> dict[str, Any]:
             problems = rows.self_training_problems(settings, round)
             found = measure.decode(
-                self._load(before),
+                self._load(before, decode=True),
                 self.tokenizer,
                 problems,
                 folder / "trajectories.jsonl",
@@ -203,7 +209,7 @@ class Worker:
             scale_rewards="group" if options.std_normalisation else "none",
             rollout_engine="lockstep",
             attention_impl="varlen" if on_cpu else "auto",
-            max_tokens_per_forward=32_768 if on_cpu else 65_536,
+            max_tokens_per_forward=8_192 if on_cpu else 65_536,
             beta=0.0,
             temperature=1.0,
             max_grad_norm=1.0,
@@ -221,27 +227,36 @@ class Worker:
         return PGRPOTrainer(model, args, data, processing_class=self.tokenizer, grader=self.task.grader())
 
     def _evaluation(self, side: Side, stage: Stage) -> Stage:
+        options = self.settings.evaluation
+
         def work(folder: Path) -> dict[str, Any]:
             found = measure.decode(
-                self._load(stage),
+                self._load(stage, decode=True),
                 self.tokenizer,
                 self.held_out,
                 folder / "trajectories.jsonl",
                 limits=self._limits(side),
+                sampling=Sampling(options.temperature, options.top_p, seed=self.settings.seed),
             )
             return measure.figures(found, self.held_out, self.task.grader())
 
-        depends = {"model": stage.key, "problems": self.settings.evaluation.problems, "nested": self.settings.nested}
+        depends = {
+            "model": stage.key,
+            "problems": options.problems,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "nested": self.settings.nested,
+        }
         return self.stages.run(f"{stage.name}-evaluation", depends, work)
 
-    def _clock(self, side: Side, stage: Stage, *, fork: bool) -> Stage:
+    def _clock(self, side: Side, stage: Stage) -> Stage:
         options = self.settings.evaluation
 
         def work(folder: Path) -> dict[str, Any]:
             return {
                 "threads": torch.get_num_threads(),
                 "seconds_per_problem": measure.wall_clock(
-                    self._load(stage),
+                    self._load(stage, decode=True),
                     self.tokenizer,
                     self.held_out,
                     limits=self._limits(side),
@@ -293,8 +308,10 @@ class Worker:
         )
         return done._asdict()
 
-    def _load(self, stage: Stage) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(stage.model, dtype=torch.float32)
+    def _load(self, stage: Stage, *, decode: bool = False) -> Any:
+        """The model of a stage; for decoding on a GPU in bfloat16, the type that it was trained in."""
+        dtype = torch.bfloat16 if decode and self.settings.device != "cpu" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(stage.model, dtype=dtype)
         return model.to(self.settings.device).eval()
 
     def _save(self, model: Any, folder: Path) -> dict[str, Any]:

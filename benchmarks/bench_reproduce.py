@@ -1,0 +1,119 @@
+"""`threadweaver reproduce` for several seeds and ablations -> benchmarks/results/reproduce-<device>.json.
+
+    python -m benchmarks.bench_reproduce --seeds 0 1 2 --out out/reproduce-seeds        minutes a seed
+    python -m benchmarks.bench_reproduce --preset h100 --seeds 0 --minutes 8            goes on when called again
+    … --ablations std_normalisation leaky_loss rho_0 rounds_0 rounds_2                  each for every seed
+    … --reuse           takes the results.json of runs that are there already
+
+Cases are seed_<n>, mean and spread (largest - smallest value over the seeds); an ablation's have its name before them.
+Accuracy and tokens depend on seed and versions alone, wall clock on the machine as it was.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import write_records
+
+from tw_recipes.pipelines.quiet import quietly
+from tw_recipes.pipelines.reproduce import command
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "std_normalisation": {"std_normalisation": True},
+    "leaky_loss": {"leaky_loss": True},
+    "rho_0": {"rho": 0.0},
+    "rounds_0": {"rounds": 0},
+    "rounds_2": {"rounds": 2},
+    "nested": {"nested": True},
+    "no_rl": {"rl_steps": 0},
+}
+METRICS = {
+    "accuracy": "share",
+    "token_latency": "tokens",
+    "total_tokens": "tokens",
+    "activation_ratio": "share",
+    "format_correctness": "share",
+}
+
+
+def records(results: dict[str, Any], case: str) -> list[dict[str, Any]]:
+    """The records of one run: each stage of each side ("forkjoin_sft"), and the ends ("forkjoin")."""
+    rows = []
+
+    def add(impl: str, metric: str, value: float | None, unit: str) -> None:
+        if value is not None:
+            rows.append({"case": case, "impl": impl, "metric": metric, "value": float(value), "unit": unit})
+
+    for side, content in results["sides"].items():
+        for impl, stage in [(f"{side}_{s['name']}", s) for s in content["stages"]] + [(side, content["stages"][-1])]:
+            for metric, unit in METRICS.items():
+                add(impl, metric, stage[metric], unit)
+            add(impl, "later_threads_right", stage["threads_right"]["later"], "share")
+        for batch, seconds in content["seconds_per_problem"].items():
+            add(side, f"wall_seconds_{batch}", seconds, "s")
+    add("forkjoin", "speedup_tokens", results["speedup"]["mean"], "x")
+    for batch, ratio in results["speedup"]["wall"].items():
+        add("forkjoin", f"speedup_wall_{batch}", ratio, "x")
+    add("both", "total_seconds", results["seconds"], "s")
+    return rows
+
+
+def over_seeds(runs: list[list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
+    """Mean and spread of the records that every run has."""
+    by_key = [{(r["impl"], r["metric"]): r for r in run} for run in runs]
+    found = []
+    for key, first in by_key[0].items():
+        if all(key in run for run in by_key):
+            values = [run[key]["value"] for run in by_key]
+            found.append({**first, "case": f"{name}mean", "value": math.fsum(values) / len(values)})
+            found.append({**first, "case": f"{name}spread", "value": max(values) - min(values)})
+    return found
+
+
+def main() -> None:
+    """Run the seeds and ablations one after another and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=["cpu", "h100"], default="cpu")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ablations", nargs="*", choices=list(ABLATIONS), default=[])
+    parser.add_argument("--out", type=Path, default=Path("out/reproduce-seeds"))
+    parser.add_argument("--minutes", type=float, default=None)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--rl-steps", type=int, default=None)
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--results", type=Path, default=None, help="another file to write")
+    parser.add_argument("--reuse", action="store_true", help="read finished runs instead of running")
+    options = parser.parse_args()
+    shared = {name: getattr(options, name) for name in ("scale", "threads", "rounds", "rl_steps")}
+    rows: list[dict[str, Any]] = []
+    for variant in ["", *options.ablations]:
+        runs = []
+        for seed in options.seeds:
+            # The stages of a seed are in one folder, so that an ablation makes only what it changes.
+            folder, kept = options.out / str(seed), options.out / str(seed) / f"results-{variant or 'base'}.json"
+            if not (options.reuse and kept.exists()):
+                flags = {**shared, "seed": seed, **ABLATIONS.get(variant, {})}
+                settings = command.settings_of(options.preset, **flags)
+                quietly(command.reproduce)(settings, folder, minutes=options.minutes)
+                kept.write_text((folder / "results.json").read_text())
+            runs.append(records(json.loads(kept.read_text()), f"{variant}{'_' if variant else ''}seed_{seed}"))
+        rows += [record for run in runs for record in run]
+        rows += over_seeds(runs, f"{variant}_" if variant else "")
+    words = [f"--preset {options.preset}", f"--seeds {' '.join(map(str, options.seeds))}"]
+    words += [f"--{n.replace('_', '-')} {v}" for n, v in shared.items() if v is not None and n != "threads"]
+    ablations = f" --ablations {' '.join(options.ablations)}" if options.ablations else ""
+    path = write_records(
+        options.results or "reproduce",
+        rows,
+        command=f"python -m benchmarks.bench_reproduce {' '.join(words)}{ablations}",
+        seed=options.seeds[0],
+        device="cpu" if options.preset == "cpu" else "cuda",
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
