@@ -102,6 +102,36 @@ def test_rows_that_cannot_be_read_are_rejected_by_place_and_reason(tmp_path):
     assert "line 2, column 'reasoning': expected a string, got null" in result.findings.examples["input_row"][0][1]
 
 
+def test_parquet_files_and_data_set_folders_are_read_row_by_row(tmp_path):
+    source = trace_file(tmp_path / "traces.jsonl", 5)
+    data = load_split(str(source), "train")
+    (tmp_path / "hub").mkdir()
+    data.to_parquet(tmp_path / "hub" / "train.parquet")
+    expected = list(read_traces(str(source), Columns()))
+    assert list(read_traces(str(tmp_path / "hub" / "train.parquet"), Columns())) == expected
+    assert list(read_traces(str(tmp_path / "hub"), Columns())) == expected  # as a data set of the Hub, streamed
+    bad = list(read_traces(str(tmp_path / "hub"), Columns(answer="x")))
+    assert [sample.place for sample in bad] == list(range(5))
+    assert "line 1, column 'x': expected a non-empty string; the row has question" in bad[0].dropped[0].detail
+
+
+def test_answers_are_graded_as_mathematics_by_default(tmp_path):
+    trace = traces(1)[0]
+    row = {"question": trace.question, "reasoning": trace.reasoning, "answer": "So \\boxed{\\frac{2}{4}}"}
+    rows = [row | {"ground_truth": truth} for truth in ("0.5", "0.6")]
+    write_jsonl(tmp_path / "traces.jsonl", rows)
+    result = generate_data(job(tmp_path, grader="math", grade_workers=1), llm=RuleAnnotator())
+    assert result.findings.kinds == {"forkjoin": 1, "rejected": 1}
+    assert result.findings.reasons == {Reason.INPUT_WRONG: 1}
+
+
+def test_progress_is_shown_on_stderr(tmp_path, capsys):
+    assert main([*words(tmp_path)[:-1], "--progress"], llm=RuleAnnotator()) == 0
+    err = capsys.readouterr().err
+    assert "6 forkjoin" in err
+    assert "tokens, cost 0.00" in err
+
+
 def test_a_whole_response_in_one_column_is_cut_at_its_thought(tmp_path):
     rows = [
         {"problem": "q", "solution": "<think>\na\nb\n</think>\n\n\\boxed{1}", "gold": "1", "name": "x"},
