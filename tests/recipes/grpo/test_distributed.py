@@ -47,7 +47,7 @@ def _train_and_save(trainer, path):
 def _ddp(directory: str) -> None:
     for name, rollouts, options in (
         ("chains_split", chain_rollouts, SPLIT | UNEVEN),
-        ("chains_whole", chain_rollouts, WHOLE | UNEVEN),
+        ("chains_whole", chain_rollouts, WHOLE | UNEVEN | {"max_tokens_per_forward": 54}),
         ("branching", branching_rollouts, WHOLE | UNEVEN),
     ):
         trainer = make_trainer(
