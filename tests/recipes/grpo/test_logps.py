@@ -187,11 +187,11 @@ class _PathByPath(GRPOTrainer):
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("qwen3", MOVING),
+        ("qwen3", {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2, **MOVING}),
         ("qwen3", {"loss_type": "grpo", "beta": 0.1, "temperature": 0.8, **MOVING}),
         ("gemma3", {"importance_sampling_level": "sequence", "loss_type": "grpo", **MOVING}),
     ],
-    ids=["dapo", "reference", "window_gspo"],
+    ids=["accumulation", "reference", "window_gspo"],
 )
 def test_branching_completions_equal_their_paths_one_by_one(family, options, tmp_path, monkeypatch):
     """Threads and histories that share generated tokens, with different advantages and clipping active."""
@@ -204,7 +204,8 @@ def test_branching_completions_equal_their_paths_one_by_one(family, options, tmp
     for one, other in zip(found, expected, strict=True):
         assert largest_error(one, other) < 1e-5
     for one, other in zip(trie, stock, strict=True):
-        for name in other.keys() - {"step_time"}:
+        # The extremes are taken over a micro-batch, which is composed differently.
+        for name in other.keys() - {"step_time", "clip_ratio/low_min", "clip_ratio/high_max"}:
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
     assert trie[1]["clip_ratio/region_mean"] > 0
     assert trie[0]["sharing_ratio"] > 2
