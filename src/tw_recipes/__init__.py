@@ -21,9 +21,11 @@ _HOME = {
     "TrieSFTTrainer": "tw_recipes.sft.trainer",
     "UnsupportedModelError": "tw_recipes.support",
     "add_tag_tokens": "tw_recipes.tokens",
+    "generate_data": "tw_recipes.datagen.generate",
     "install": "tw_recipes.attention",
     "native_attention": "tw_recipes.attention",
     "prepare_dataset": "tw_recipes.sft.data",
+    "self_train_select": "tw_recipes.datagen.self_training",
     "uninstall": "tw_recipes.attention",
 }
 

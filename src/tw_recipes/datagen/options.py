@@ -15,6 +15,7 @@ class StageOptions:
         max_threads: Threads of a block.
         min_saving: What a block must save: the sum of its threads less the longest one.
         max_edit_chars: Characters that one edit may change.
+        max_edit_growth: Characters that one edit may add on balance; edits remove references, they tell nothing new.
         max_edit_ratio: Share of a thread that edits may change.
         max_outline_chars: Length of an outline.
         max_shared_numbers: Share of a thread's own numbers (two digits or more, found nowhere before the block) that
@@ -30,6 +31,7 @@ class StageOptions:
     max_threads: int = 16
     min_saving: int = 200
     max_edit_chars: int = 200
+    max_edit_growth: int = 40
     max_edit_ratio: float = 0.3
     max_outline_chars: int = 300
     max_shared_numbers: float = 0.5
@@ -45,7 +47,6 @@ class StageOptions:
         for name in ("max_edit_ratio", "max_shared_numbers", "max_shared_words", "min_acceleration"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share in [0, 1], got {getattr(self, name)}")
-        if self.min_saving < 0 or self.max_edit_chars < 0:
-            raise ValueError(
-                f"min_saving and max_edit_chars must not be negative, got {self.min_saving} and {self.max_edit_chars}"
-            )
+        for name in ("min_saving", "max_edit_chars", "max_edit_growth"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -98,7 +98,7 @@ EXPLAINED: dict[Reason, str] = {
     Reason.EDIT_NOT_FOUND: "an edit looks for text that the thread does not hold",
     Reason.EDIT_AMBIGUOUS: "an edit looks for text that the thread holds more than once",
     Reason.EDIT_OVERLAP: "two edits change the same characters",
-    Reason.EDIT_SIZE: "an edit changes more than max_edit_chars characters",
+    Reason.EDIT_SIZE: "an edit changes more than max_edit_chars characters, or adds more than max_edit_growth",
     Reason.EDIT_TAGS: "an edit writes a tag",
     Reason.EDIT_INVENTS: "an edit writes a number that neither the thread nor the text before the block holds",
     Reason.EDIT_EMPTIES: "the edits leave nothing of a thread",

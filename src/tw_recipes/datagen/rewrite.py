@@ -81,7 +81,7 @@ def apply_edits(bodies: Sequence[str], edits: Sequence[Edit], known: str, option
         edits: Exact replacements, each found exactly once in its thread, none overlapping another.
         known: The question and the text before the block; with the thread itself, all that an edit may take numbers
             from.
-        options: `max_edit_chars`.
+        options: `max_edit_chars`, `max_edit_growth`.
 
     Raises:
         Rejected: An edit that cannot be applied or does more than remove a reference.
@@ -97,9 +97,12 @@ def apply_edits(bodies: Sequence[str], edits: Sequence[Edit], known: str, option
         if body.find(edit.find, at + 1) >= 0:
             raise Rejected(Reason.EDIT_AMBIGUOUS, f"thread {edit.thread} holds {edit.find[:60]!r} more than once")
         removed, added = changed_part(edit)
-        if max(len(removed), len(added)) > options.max_edit_chars:
-            size = f"{len(removed)} -> {len(added)} characters, max_edit_chars={options.max_edit_chars}"
-            raise Rejected(Reason.EDIT_SIZE, f"thread {edit.thread}: {size}")
+        growth = len(added) - len(removed)
+        if max(len(removed), len(added)) > options.max_edit_chars or growth > options.max_edit_growth:
+            bounds = f"max_edit_chars={options.max_edit_chars}, max_edit_growth={options.max_edit_growth}"
+            raise Rejected(
+                Reason.EDIT_SIZE, f"thread {edit.thread}: {len(removed)} -> {len(added)} characters, {bounds}"
+            )
         if any(tag in edit.replace for tag in (*TAGS, "<think>", "</think>")):
             raise Rejected(Reason.EDIT_TAGS, f"thread {edit.thread}: {edit.replace[:60]!r}")
         changes[edit.thread - 1].append((at, at + len(edit.find), edit.replace))

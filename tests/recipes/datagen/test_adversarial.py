@@ -121,7 +121,8 @@ TRICKS: list[tuple[Reason, str, Trick, dict[str, Any]]] = [
     (Reason.EDIT_NOT_FOUND, "rewrite", edit("as in the first case", ""), {}),
     (Reason.EDIT_NOT_FOUND, "rewrite", edit("", "invented"), {}),
     (Reason.EDIT_AMBIGUOUS, "rewrite", edit("*9=", "*8="), {}),
-    (Reason.EDIT_SIZE, "rewrite", edit("1: ", "Let us think about this at length. " * 9), {}),
+    (Reason.EDIT_SIZE, "rewrite", edit("9=6300>6300\n4*9=0630>6930", ""), {"max_edit_chars": 20}),
+    (Reason.EDIT_SIZE, "rewrite", edit("1: ", "Obviously the claim is wrong, so we begin again. "), {}),
     (Reason.EDIT_TAGS, "rewrite", edit("1: ", "</Thread>"), {}),
     (Reason.EDIT_INVENTS, "rewrite", edit("2*9=0081>6732", "2*9=0081>6733"), {}),
     (
@@ -331,6 +332,20 @@ async def test_the_fuzz_reaches_many_codes_and_both_ends():
         seen |= {sample.kind, *reasons}
     assert {"forkjoin", "sequential"} <= seen
     assert len(seen) >= 12
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tries": 0}, "tries must be at least 1, got 0"),
+        ({"max_threads": 1}, "max_threads must be at least 2, got 1"),
+        ({"max_edit_ratio": 1.5}, r"max_edit_ratio must be a share in \[0, 1\], got 1.5"),
+        ({"min_saving": -1}, "min_saving must not be negative, got -1"),
+    ],
+)
+def test_thresholds_out_of_range_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        StageOptions(**options)
 
 
 def test_every_code_is_explained_and_has_a_cause_here_or_in_a_named_test():
