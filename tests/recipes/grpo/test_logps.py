@@ -204,8 +204,9 @@ def test_branching_completions_equal_their_paths_one_by_one(family, options, tmp
     for one, other in zip(found, expected, strict=True):
         assert largest_error(one, other) < 1e-5
     for one, other in zip(trie, stock, strict=True):
-        # The extremes are taken over a micro-batch, which is composed differently.
-        for name in other.keys() - {"step_time", "clip_ratio/low_min", "clip_ratio/high_max"}:
+        # Other metrics are means over micro-batches, which are composed differently.
+        whole = "gradient_accumulation_steps" not in options
+        for name in other.keys() - {"step_time"} if whole else {"loss", "grad_norm"}:
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
     assert trie[1]["clip_ratio/region_mean"] > 0
     assert trie[0]["sharing_ratio"] > 2
