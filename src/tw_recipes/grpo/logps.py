@@ -115,7 +115,11 @@ class TrieLogps:
         shape = (input_ids.shape[0], logits_to_keep)
         logps = _scatter([result[0] for result in results], places, shape)
         entropies = _scatter([result[1] for result in results], places, shape) if compute_entropy else None
-        aux_loss = torch.stack([result[2] for result in results]).mean() if compute_aux_loss else None
+        aux_loss = None
+        if compute_aux_loss:
+            rows = [forward.packed.num_rows if forward.slots.numel() else 0 for forward in forwards]
+            losses = torch.stack([result[2] for result in results])
+            aux_loss = (losses * losses.new_tensor(rows)).sum() / max(sum(rows), 1)
         if training and self.args.verify_first_step and not self._verified:
             self._verify(model, sequences, logps, entropies)
             self._verified = True
