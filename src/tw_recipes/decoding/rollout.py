@@ -4,7 +4,8 @@
 
 Units hold what the engine saw and wrote, including an end-of-sequence id that ended a thread; the joined ids
 hold what the next call saw: such an id replaced by the forced closer. So the units of a rollout are the truth
-for training and `extract_units(rollout.ids)` equals them whenever nothing was forced.
+for training and `extract_units(rollout.ids)` equals them whenever nothing was forced or refused (two calls around a
+</Outlines> that did not fork are one unit there: the same targets).
 
 Tests: tests/recipes/decoding/test_decoder.py, test_decoder_properties.py.
 """

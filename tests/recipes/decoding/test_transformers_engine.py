@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tests.support.forking import EOS, PROMPTS, TRAJECTORIES, VOCAB, forking_model
 from tests.support.models import tiny_model
+from tests.support.rollouts import model_folder
 from tests.support.trajectories import TAG_IDS
 from tw_core import ReasoningTrie, Unit
 from tw_recipes import install
@@ -317,3 +319,13 @@ async def test_what_a_listener_raises_ends_the_call_and_reaches_the_caller():
     rollout = await ForkJoinDecoder(engine, TAG_IDS, sampling=GREEDY).decode(PROMPTS[0])
     assert rollout.response_ids.tolist() == TRAJECTORIES[0]
     await engine.aclose()
+
+
+def test_the_documented_example_runs(tmp_path, capsys):
+    folder = model_folder(tmp_path)
+    page = (Path(__file__).parents[3] / "docs" / "decoding.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    assert "out/quickstart/forkjoin" in code
+    code = code.replace("out/quickstart/forkjoin", str(folder)).replace("max_total_tokens=400", "max_total_tokens=12")
+    exec(compile(code, "docs/decoding.md", "exec"), {})
+    assert "\ntokens ()" in capsys.readouterr().out
