@@ -321,7 +321,7 @@ async def test_nothing_malformed_passes_whatever_is_answered(seed):
 
 async def test_the_fuzz_reaches_many_codes_and_both_ends():
     seen: set[str] = set()
-    for seed in range(150):
+    for seed in range(60):
         random_ = random.Random(seed)
         trick = lambda request, answer, r=random_: json.dumps(fuzzed(answer, r))  # noqa: E731
         sample, reasons = await run(
