@@ -193,6 +193,8 @@ def build(shape: Shape, kind: str, device: torch.device, impl: str) -> GRPOTrain
     if kind == "units":
         trainer.__class__ = UnitsTrainer
     trainer.current_gradient_accumulation_steps = 1
+    # `train()` would switch it on.
+    trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.model.train()
     return trainer
 
@@ -265,13 +267,19 @@ def run_shape(
             continue
         trainer = build(shape, kind, device, impls.get(kind, ""))
         for case in wanted:
-            found[case][kind] = measure(trainer, batches[case], repeats, limit)
-            print(f"{name} {case} {kind} {found[case][kind]}", flush=True)
+            try:
+                found[case][kind] = measure(trainer, batches[case], repeats, limit)
+                print(f"{name} {case} {kind} {found[case][kind]}", flush=True)
+            except torch.OutOfMemoryError:
+                print(f"{name} {case} {kind} does not fit this device: the case is left out", flush=True)
+                trainer.model.zero_grad()
         del trainer
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     for case, by_kind in found.items():
+        if len(by_kind) < 2:
+            continue
         trie, (other_name, other) = by_kind.pop("trie"), *by_kind.items()
         records = {("trie", field): value for field, value in trie._asdict().items()}
         records |= {(other_name, field): value for field, value in other._asdict().items()}
