@@ -62,11 +62,12 @@ def policy(dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedMode
     return model
 
 
-@lru_cache(maxsize=1)
-def _taught() -> dict[str, Tensor]:
-    """Weights of `policy()` after a few seconds on `TEXTS`: it forks, mostly well, and is often right."""
+@lru_cache(maxsize=2)
+def _taught(choice: tuple[str, ...]) -> dict[str, Tensor]:
+    """Weights of `policy()` after a few seconds: it forks, mostly well, and is often right."""
     model = policy()
-    units = [unit for text, row in zip(TEXTS, ROWS, strict=True) for unit in finished_units(row["prompt"], text)]
+    pairs = [(row, text) for row in ROWS for text in choice] or zip(ROWS, TEXTS, strict=True)
+    units = [unit for row, text in pairs for unit in finished_units(row["prompt"], text)]
     width = max(len(context) + len(completion) for context, completion in units)
     ids, labels = np.zeros((len(units), width), np.int64), np.full((len(units), width), -100)
     for row, (context, completion) in enumerate(units):
@@ -82,10 +83,10 @@ def _taught() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def taught_policy() -> PreTrainedModel:
-    """A fresh copy of a model that forks by itself."""
+def taught_policy(*choice: str) -> PreTrainedModel:
+    """A fresh copy of a model that answers prompt k with `TEXTS[k]`, or every prompt with one of the texts given."""
     model = policy()
-    model.load_state_dict(_taught())
+    model.load_state_dict(_taught(choice))
     return model
 
 

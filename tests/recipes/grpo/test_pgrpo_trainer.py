@@ -11,6 +11,7 @@ from tests.support.grpo import GROUP, train
 from tests.support.pgrpo import (
     ROWS,
     TEXTS,
+    block,
     by_place,
     failing,
     pgrpo_trainer,
@@ -243,6 +244,30 @@ def test_a_resumed_run_repeats_the_reward_curve(tmp_path, kept):
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{kept}"))
     assert len({step[3] for step in curve(whole)}) > 1
     assert curve(again) == curve(whole)
+
+
+@pytest.mark.slow
+def test_forking_is_learned_where_it_pays(tmp_path):
+    """Half of the responses fork, all are right: only the acceleration reward can tell them apart."""
+    shares = {}
+    for rho in (0.0, 1.0):
+        trainer = pgrpo_trainer(
+            tmp_path,
+            model=taught_policy(f"go{block('two', 'three')}\\boxed{{7}}", "plain words \\boxed{7}"),
+            engine="model",
+            acceleration_rho=rho,
+            acceleration_max=1.0,
+            num_generations=8,
+            per_device_train_batch_size=32,
+            learning_rate=1e-3,
+            optim="adamw_torch",
+            max_steps=10,
+            log_rollouts=0,
+        )
+        _, logged = train(trainer)
+        shares[rho] = sum(entry["rollout/activation_ratio"] for entry in logged[-4:]) / 4
+    assert shares[1.0] > 0.7
+    assert shares[1.0] > shares[0.0] + 0.3
 
 
 def test_evaluation_draws_the_same_rollouts_each_time(tmp_path):
