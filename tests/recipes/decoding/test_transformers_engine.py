@@ -329,3 +329,16 @@ def test_the_documented_example_runs(tmp_path, capsys):
     code = code.replace("out/quickstart/forkjoin", str(folder)).replace("max_total_tokens=400", "max_total_tokens=12")
     exec(compile(code, "docs/decoding.md", "exec"), {})
     assert "\ntokens ()" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"cache_tokens": 4_096}, {"memory_share": 0.05}], ids=str)
+def test_on_a_gpu_the_trajectories_and_logprobs_are_the_same(options):
+    prompts = PROMPTS * 4
+    on_cpu = decode(TransformersEngine(forking_model(), page_size=4), *prompts)
+    engine = TransformersEngine(forking_model().cuda(), page_size=16, **options)
+    for rollout, expected in zip(decode(engine, *prompts), on_cpu, strict=True):
+        assert rollout.ids.tolist() == expected.ids.tolist()
+        for ours, theirs in zip(rollout.logprobs, expected.logprobs, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+    assert engine.cached_share > 0.3
