@@ -57,6 +57,7 @@ def records(results: dict[str, Any], case: str) -> list[dict[str, Any]]:
     for batch, ratio in results["speedup"]["wall"].items():
         add("forkjoin", f"speedup_wall_{batch}", ratio, "x")
     add("both", "total_seconds", results["seconds"], "s")
+    add("both", "cpu_seconds", results["cpu_seconds"], "s")
     return rows
 
 

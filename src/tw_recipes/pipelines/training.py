@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tw_recipes import _compat
 from tw_recipes.attention import uninstall
+from tw_recipes.pipelines.checkpoints import Checkpoints
 from tw_recipes.pipelines.optimizer import MuonAdamW
 from tw_recipes.sft.config import TrieSFTConfig
 from tw_recipes.sft.trainer import TrieSFTTrainer
@@ -57,6 +58,7 @@ def train(
     lr_scale: float = 1.0,
     batch: int = BATCH,
     on_step: OnStep | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Trained:
     """Train `model` in place, one pass over `rows`.
 
@@ -70,8 +72,10 @@ def train(
         lr_scale: Of both learning rates.
         batch: Rows of a step.
         on_step: For progress display.
+        checkpoints: Of `folder`, to stop and go on; without them nothing can be continued.
 
     Raises:
+        OutOfTime: The deadline of `checkpoints` has come.
         ValueError: `rows` does not divide into batches.
     """
     if not rows or len(rows) % batch:
@@ -94,6 +98,7 @@ def train(
         "disable_tqdm": True,
         "report_to": [],
         "save_strategy": "no",
+        "save_total_limit": 1,
         "use_cpu": on_cpu,
         "bf16": not on_cpu,
         "dataset_num_proc": None if on_cpu or len(rows) < 1000 else min(16, os.cpu_count() or 1),
@@ -101,8 +106,8 @@ def train(
         **_compat.no_checkpointing(),
     }
     kwargs: dict[str, Any] = {"processing_class": tokenizer, "optimizers": (optimizer, None)}
-    if on_step is not None:
-        kwargs["callbacks"] = [_Progress(on_step)]
+    kwargs["callbacks"] = [_Progress(on_step)] if on_step is not None else []
+    kwargs["callbacks"] += [checkpoints] if checkpoints is not None else []
     with _quiet_datasets(), contextlib.redirect_stdout(None):
         if tries:
             # Short segments, many of them: on a CPU one by one is faster than the mask over the whole forest.
@@ -112,8 +117,10 @@ def train(
         else:
             plain = Dataset.from_list([{"prompt": row["prompt"], "completion": row["text"]} for row in rows])
             trainer = SFTTrainer(model, SFTConfig(**options, max_length=None), train_dataset=plain, **kwargs)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=checkpoints.last if checkpoints is not None else None)
     uninstall(model)
+    if checkpoints is not None:
+        checkpoints.finish()
     model.eval()
     curve = [
         (entry["step"], entry["loss"], entry["mean_token_accuracy"])

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tw_recipes import cli
+from tw_recipes.pipelines.checkpoints import Checkpoints, OutOfTime
 from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.reproduce import command, report
 from tw_recipes.pipelines.reproduce.settings import (
@@ -22,7 +23,8 @@ from tw_recipes.pipelines.reproduce.settings import (
     Settings,
     Training,
 )
-from tw_recipes.pipelines.reproduce.stages import StageError
+from tw_recipes.pipelines.reproduce.sides import Worker
+from tw_recipes.pipelines.reproduce.stages import StageError, Stages
 from tw_recipes.rollout import read_trajectories
 from tw_recipes.tasks.model import tiny_model
 
@@ -81,6 +83,7 @@ def test_stages_leave_models_and_trajectories(run: Path) -> None:
     assert not torch.equal(weights["sequential-sft"], weights["forkjoin-sft"])
     assert len(list(read_trajectories(folders["forkjoin-rl-evaluation"] / "trajectories.jsonl"))) == 3
     assert sum(1 for _ in (folders["forkjoin-rl"] / "trainer" / "rollouts").iterdir()) >= 1
+    assert not list(run.rglob("checkpoint-*"))
 
 
 def test_report_has_its_parts(run: Path) -> None:
@@ -157,6 +160,31 @@ def test_the_gpu_presets_model_is_within_the_announced_size() -> None:
     assert 20e6 < parameters < 150e6
     longest = max(len(tokenizer.encode(row["text"])) for row in preset.make_task().rows(40, seed=0))
     assert 1.2 * longest < preset.model.context
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_every_step_ends_with_the_same_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(TINY, reinforcement=replace(TINY.reinforcement, steps=2))
+    REPRODUCE(settings, tmp_path / "whole")
+    stages, stops = Stages(tmp_path / "pieces"), 0
+    # Stages start, but training finds that its time is used up: every run makes one step.
+    monkeypatch.setattr(stages, "checkpoints", lambda folder: Checkpoints(folder, deadline=0.0))
+    for _ in range(20):
+        try:
+            quietly(Worker(settings, stages).side)("forkjoin")
+            break
+        except OutOfTime:
+            stops += 1
+    assert stops >= 2  # one in sft, one in reinforcement learning at least
+    for name in ("forkjoin-sft", "forkjoin-rl"):
+        weights = [
+            AutoModelForCausalLM.from_pretrained(next((tmp_path / kind / "stages").glob(f"{name}-????????")) / "model")
+            for kind in ("whole", "pieces")
+        ]
+        for one, two in zip(*(model.parameters() for model in weights), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -10,10 +10,11 @@ import pytest
 
 from tests.support.arithmetic import holds_true_equations
 from tw_core import ReasoningTrie
+from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.reproduce import rows
 from tw_recipes.pipelines.reproduce.command import settings_of
 from tw_recipes.pipelines.reproduce.settings import PRESETS, Settings, Training, fingerprint
-from tw_recipes.pipelines.reproduce.stages import OutOfTime, StageError, Stages
+from tw_recipes.pipelines.reproduce.stages import StageError, Stages
 from tw_recipes.sft.rows import row_to_trie
 from tw_recipes.tasks import get_task
 

@@ -21,12 +21,13 @@ from typing import Any, Literal
 import torch
 from transformers import set_seed
 
+from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.reproduce import report
 from tw_recipes.pipelines.reproduce.rows import SIDES
 from tw_recipes.pipelines.reproduce.settings import PRESETS, Settings
 from tw_recipes.pipelines.reproduce.sides import Worker
-from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, OutOfTime, StageError, Stages, told
+from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, StageError, Stages, told
 
 
 def reproduce(settings: Settings, out: Path = Path("out/reproduce"), *, minutes: float | None = None) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def reproduce(settings: Settings, out: Path = Path("out/reproduce"), *, minutes:
         settings: See `PRESETS` and `settings_of`.
         out: Folder of stages, models and report. Several runs may share it: a stage's folder is named by what it
             depends on.
-        minutes: No stage starts later than this.
+        minutes: No stage starts later than this, and training stops at a checkpoint.
 
     Returns:
         What OUT/results.json holds.
@@ -164,7 +165,7 @@ def run(
         std_normalisation: Divide advantages by the standard deviation of the group.
         leaky_loss: Loss on injected headers and joined copies too, as the published code has it.
         nested: Fork/join solutions with blocks inside threads (task multiply).
-        minutes: Start no stage later; the same command again goes on.
+        minutes: Stop after so many minutes, in training at a checkpoint; the same command again goes on.
         scale: Share of all steps and problems, to try things out.
         threads: CPU threads of a process that works alone.
     """

@@ -37,6 +37,7 @@ def collect(settings: Settings, start: Stage, sides: Mapping[str, SideResult]) -
             ],
             "seconds_per_problem": clocks[name],
             "seconds": round(sum(s.seconds for s in (*side.trained, *side.evaluated, side.clock)), 1),
+            "cpu_seconds": round(sum(s.cpu_seconds for s in (*side.trained, *side.evaluated, side.clock)), 1),
         }
         for name, side in sides.items()
     }
@@ -53,6 +54,7 @@ def collect(settings: Settings, start: Stage, sides: Mapping[str, SideResult]) -
             "wall": {batch: clocks["sequential"][batch] / clocks["forkjoin"][batch] for batch in clocks["forkjoin"]},
         },
         "seconds": round(start.seconds + together(side["seconds"] for side in found.values()), 1),
+        "cpu_seconds": round(start.cpu_seconds + together(side["cpu_seconds"] for side in found.values()), 1),
     }
 
 
@@ -202,7 +204,7 @@ def intro(results: Mapping[str, Any]) -> str:
         f"Task `{settings['task']}`, seed {settings['seed']}, a model of {results['start']['parameters']:,} parameters "
         f"from scratch on {settings['device']}; {settings['evaluation']['problems']} held-out problems that no "
         f"training set holds, temperature {settings['evaluation']['temperature']:g}. Changed from the "
-        f"method: {chosen}. {results['seconds']:.0f} s in all."
+        f"method: {chosen}. {results['seconds']:.0f} s in all, {results['cpu_seconds']:.0f} s of them on the CPU."
     )
 
 

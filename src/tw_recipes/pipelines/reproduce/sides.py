@@ -26,11 +26,12 @@ from tw_recipes.datagen.self_training import self_train_select
 from tw_recipes.decoding.engine import Sampling
 from tw_recipes.grpo.pgrpo_config import PGRPOConfig
 from tw_recipes.grpo.pgrpo_trainer import PGRPOTrainer
+from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.reproduce import measure, rows
 from tw_recipes.pipelines.reproduce.rows import Side
 from tw_recipes.pipelines.reproduce.settings import Settings
-from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, OutOfTime, Stage, StageError, Stages, told
+from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, Stage, StageError, Stages, told
 from tw_recipes.pipelines.training import Trained, train
 from tw_recipes.tasks.model import tiny_model
 
@@ -174,9 +175,12 @@ class Worker:
             model = self._load(before)
             problems = rows.reinforcement_problems(settings)
             trainer = self._grpo_trainer(side, model, problems, folder)
+            checkpoints = self.stages.checkpoints(folder / "trainer")
+            trainer.add_callback(checkpoints)
             with contextlib.redirect_stdout(None):
-                trainer.train()
+                trainer.train(resume_from_checkpoint=checkpoints.last)
             uninstall(model)
+            checkpoints.finish()
             curve = {
                 name: [entry[key] for entry in trainer.state.log_history if key in entry]
                 for name, key in RL_CURVE.items()
@@ -218,6 +222,7 @@ class Worker:
             bf16=not on_cpu,
             logging_steps=1,
             save_strategy="no",
+            save_total_limit=1,
             disable_tqdm=True,
             report_to=[],
             shuffle_dataset=False,
@@ -245,7 +250,6 @@ class Worker:
             "problems": options.problems,
             "temperature": options.temperature,
             "top_p": options.top_p,
-            "nested": self.settings.nested,
         }
         return self.stages.run(f"{stage.name}-evaluation", depends, work)
 
@@ -305,6 +309,7 @@ class Worker:
             seed=settings.seed,
             lr_scale=lr_scale,
             batch=settings.training.batch,
+            checkpoints=self.stages.checkpoints(folder / "trainer"),
         )
         return done._asdict()
 
@@ -330,7 +335,8 @@ def main(argv: Sequence[str]) -> int:
     stages = Stages(Path(argv[1]), minutes=minutes, around=told)
     try:
         quietly(Worker(settings, stages).side)(side)
-    except OutOfTime:
+    except OutOfTime as pause:
+        print(pause, file=sys.stderr)
         return OUT_OF_TIME
     except StageError as error:
         print(error, file=sys.stderr)

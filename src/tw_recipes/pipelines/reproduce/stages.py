@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tw_recipes.pipelines.checkpoints import Checkpoints, OutOfTime
 from tw_recipes.pipelines.reproduce.settings import fingerprint
 
 OUT_OF_TIME = 3
@@ -26,10 +27,6 @@ Work = Callable[[Path], dict[str, Any]]
 
 class StageError(RuntimeError):
     """A stage failed; the message names it."""
-
-
-class OutOfTime(RuntimeError):
-    """The time that `minutes` allows is used up before a stage; what is done stays done."""
 
 
 @contextmanager
@@ -50,7 +47,8 @@ class Stage:
         key: Fingerprint of everything that it depends on.
         folder: Its files.
         figures: What it found.
-        seconds: Its wall clock when it was made.
+        seconds: Its wall clock when it was made; of the last run that worked at it.
+        cpu_seconds: Time of the process on the CPU meanwhile: the wall clock of one thread on a machine that is free.
     """
 
     name: str
@@ -58,6 +56,7 @@ class Stage:
     folder: Path
     figures: dict[str, Any]
     seconds: float
+    cpu_seconds: float
 
     @property
     def model(self) -> Path:
@@ -70,7 +69,7 @@ class Stages:
 
     Args:
         out: The folder.
-        minutes: No stage starts after so many minutes from now. None: no bound.
+        minutes: After so many minutes from now no stage starts, and training stops at a checkpoint. None: no bound.
         around: Called with the stage's name, entered while it works (progress display).
     """
 
@@ -89,6 +88,10 @@ class Stages:
         """Minutes until no stage starts any more; None without a bound."""
         return None if self.deadline is None else (self.deadline - time.monotonic()) / 60
 
+    def checkpoints(self, folder: Path) -> Checkpoints:
+        """For a trainer with that output folder: training stops at the deadline and goes on in the next run."""
+        return Checkpoints(folder, deadline=self.deadline)
+
     def run(self, name: str, depends_on: Mapping[str, Any], work: Work) -> Stage:
         """The stage, made now unless it is there.
 
@@ -99,26 +102,31 @@ class Stages:
 
         Raises:
             StageError: `work` raised.
-            OutOfTime: The time is used up.
+            OutOfTime: The time is used up, before the stage or within it.
         """
         key = fingerprint({"name": name, "depends_on": dict(depends_on)})
         folder = self.out / "stages" / f"{name}-{key}"
         file = folder / "stage.json"
         if file.is_file():
             content = json.loads(file.read_text(encoding="utf-8"))
-            return Stage(name, key, folder, content["figures"], content["seconds"])
+            return Stage(name, key, folder, content["figures"], content["seconds"], content["cpu_seconds"])
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise OutOfTime(f"the time is used up before the stage {name}; run the same command again to go on")
         folder.mkdir(parents=True, exist_ok=True)
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         try:
             with self.around(name):
                 figures = work(folder)
+        except OutOfTime:
+            raise
         except Exception as error:
             raise StageError(f"stage {name} failed: {type(error).__name__}: {error}") from error
-        seconds = round(time.perf_counter() - began, 2)
-        content = {"name": name, "depends_on": dict(depends_on), "figures": figures, "seconds": seconds}
+        took = {
+            "seconds": round(time.perf_counter() - began, 2),
+            "cpu_seconds": round(time.process_time() - busy, 2),
+        }
+        content = {"name": name, "depends_on": dict(depends_on), "figures": figures, **took}
         half = file.with_suffix(".part")
         half.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         half.replace(file)  # a kill leaves a stage done or not done
-        return Stage(name, key, folder, json.loads(json.dumps(figures)), seconds)
+        return Stage(name, key, folder, json.loads(json.dumps(figures)), **took)
