@@ -169,10 +169,12 @@ class TransformersEngine:
         if running is None:
             return
         self._stopping = asyncio.ensure_future(asyncio.to_thread(running.stop))
-        try:
-            await asyncio.shield(self._stopping)
-        finally:
-            self._stopping = None
+        # By a callback: a cancelled `aclose` leaves the stop running, and no batch may start beside it.
+        self._stopping.add_done_callback(self._stopped)
+        await asyncio.shield(self._stopping)
+
+    def _stopped(self, _done: "asyncio.Future[None]") -> None:
+        self._stopping = None
 
     def _validate(self, request: Request) -> None:
         low, high = int(request.context.min()), int(request.context.max())
