@@ -20,6 +20,7 @@ _HOME = {
     "TrieSFTConfig": "tw_recipes.sft.config",
     "TrieSFTTrainer": "tw_recipes.sft.trainer",
     "UnsupportedModelError": "tw_recipes.support",
+    "VLLMEngine": "tw_recipes.decoding.vllm_engine",
     "add_tag_tokens": "tw_recipes.tokens",
     "generate_data": "tw_recipes.datagen.generate",
     "install": "tw_recipes.attention",

@@ -15,12 +15,14 @@ _HOME = {
     "Event": "rollout",
     "ForkJoinDecoder": "decoder",
     "Limits": "limits",
+    "LockstepEngine": "lockstep_engine",
     "OpenAIEngine": "openai_engine",
     "Request": "engine",
     "Rollout": "rollout",
     "Sampling": "engine",
     "ScriptedEngine": "scripted_engine",
     "TransformersEngine": "transformers_engine",
+    "VLLMEngine": "vllm_engine",
 }
 
 __all__ = sorted(_HOME)
