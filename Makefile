@@ -44,8 +44,8 @@ format: setup  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: setup  ## the default suite (CPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+test: setup  ## the default suite (CPU); tw_core's part with its array shapes checked
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/core $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --jaxtyping-packages=tw_core,beartype.beartype tests/core
 
 test-slow: setup  ## the heavy CPU cases
