@@ -46,6 +46,29 @@ PUBLIC = {
         "make_plan",
         "trie_attention",
     ],
+    "tw_recipes": [
+        "ForkJoinDecoder",
+        "LockstepEngine",
+        "OpenAIEngine",
+        "PGRPOConfig",
+        "PGRPOTrainer",
+        "ScriptedEngine",
+        "TransformersEngine",
+        "TrieCollator",
+        "TrieGRPOConfig",
+        "TrieGRPOTrainer",
+        "TrieSFTConfig",
+        "TrieSFTTrainer",
+        "UnsupportedModelError",
+        "VLLMEngine",
+        "add_tag_tokens",
+        "generate_data",
+        "install",
+        "native_attention",
+        "prepare_dataset",
+        "self_train_select",
+        "uninstall",
+    ],
 }
 
 
@@ -63,3 +86,6 @@ def test_names_that_users_rely_on_are_public() -> None:
     fixed |= {"extract_units", "parallel_stats", "pack_forest"}
     assert fixed <= set(PUBLIC["tw_core"])
     assert {"trie_attention", "available_impls"} <= set(PUBLIC["tw_kernels"])
+    trainers = {f"{name}{part}" for name in ("TrieSFT", "TrieGRPO", "PGRPO") for part in ("Trainer", "Config")}
+    engines = {"TransformersEngine", "OpenAIEngine", "ScriptedEngine"}
+    assert trainers | engines | {"install", "TrieCollator", "ForkJoinDecoder"} <= set(PUBLIC["tw_recipes"])
