@@ -162,17 +162,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="folder for the results file; default: the repository's")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="datagen-"))
+    name = "datagen" if args.out is None else args.out / "datagen-cpu.json"
     command = f"python -m benchmarks.bench_datagen --count {args.count}"
     try:
         records = throughput(args.count, folder)
+        path = write_records(name, records, command=command, seed=SEED, device="cpu")
         if args.train:
             (folder / "train").mkdir()
             records += training(args.steps, args.problems, folder / "train")
             command += f" --train --steps {args.steps} --problems {args.problems}"
+            path = write_records(name, records, command=command, seed=SEED, device="cpu")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    name = "datagen" if args.out is None else args.out / "datagen-cpu.json"
-    path = write_records(name, records, command=command, seed=SEED, device="cpu")
     for record in records:
         print(
             f"{record['case']:<18}{record['impl']:<16}{record['metric']:<22}{record['value']:>12.2f} {record['unit']}"
