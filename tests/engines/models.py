@@ -35,7 +35,8 @@ class Case(NamedTuple):
 
 def random_case(folder: Path) -> Case:
     """A random byte-level model. Its matrices have more rows than there are tokens, as padded ones have."""
-    model = tiny_model("qwen3", vocab_size=288, head_dim=32, max_position_embeddings=CONTEXT)
+    options = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": CONTEXT}
+    model = tiny_model("qwen3", vocab_size=288, **options)
     tokenizer = byte_tokenizer()
     add_tag_tokens(model, tokenizer)
     return _saved(model, tokenizer, Case(folder, [f"What is {n} and {n * n}?" for n in range(20)], FORKED))

@@ -10,6 +10,7 @@ Guarded by tests/recipes/decoding/test_recorded_exchanges.py.
 
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 import openai
@@ -69,17 +70,20 @@ def probe(client: openai.OpenAI, replica: Replica, model: str, prompt: list[int]
         listed = client.models.list().data
     except openai.APIError as error:
         raise EngineError(
-            f"{replica.name} does not answer GET {replica.url}/models ({reason(error)}); start it, mend the path "
+            f"{replica.name} does not answer GET {urlsplit(replica.url).path}/models ({reason(error)}); start it, mend the path "
             "(vLLM and SGLang: /v1), set OPENAI_API_KEY if it wants a key, or drop it from base_urls"
         ) from error
     card = next((entry for entry in listed if entry.id == model), None)
-    if card is None:
+    ask = _Asker(client, model, np.array(prompt, dtype=np.int64))
+    try:
+        missing, first = ask.what_is_missing()
+    except openai.NotFoundError:
+        card, missing, first = None, [], (0, 0.0)
+    if card is None and not missing:
         raise EngineError(
             f"{replica.name} does not serve {model!r}; it serves {[entry.id for entry in listed]}: pass one of these "
             "names as model (--served-name)"
         )
-    ask = _Asker(client, model, np.array(prompt, dtype=np.int64))
-    missing, first = ask.what_is_missing()
     if missing:
         raise EngineError(
             f"{replica.name} cannot run fork/join decoding: {'; '.join(missing)}. vLLM and SGLang can; use one of "
@@ -99,6 +103,8 @@ class _Asker:
         """Everything that is missing, and the first greedy token with its log-prob (if nothing is)."""
         try:
             choice, count = self._post(self._body(1))
+        except openai.NotFoundError:
+            raise
         except openai.APIStatusError as error:
             return self._refused(error), (0, 0.0)
         missing = []

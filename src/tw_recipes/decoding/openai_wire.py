@@ -100,7 +100,7 @@ def read_completion(reply: dict[str, Any], request: Request) -> Completion:
         raise EngineError(f"finish_reason must be stop or length, got {finish!r}")
     if finish == "stop" and not (len(ids) and ids[-1] in request.stop_ids):
         matched = [choice[name] for name in ("stop_reason", "matched_stop") if choice.get(name) is not None]
-        if matched and matched[0] in request.stop_ids:
+        if matched and matched[0] in request.stop_ids and matched[0] not in ids:
             raise EngineError(f"it stopped at id {matched[0]} and left this id out of token_ids")
     details = usage.get("prompt_tokens_details") or {}
     cached = details.get("cached_tokens")

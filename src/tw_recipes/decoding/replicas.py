@@ -59,7 +59,8 @@ class Replicas:
             raise ValueError("base_urls must hold at least one URL, got none; e.g. http://localhost:8000/v1")
         for replica in self.all:
             if not replica.url.startswith(("http://", "https://")):
-                raise ValueError(f"base_urls must be http(s) URLs, got {replica.url!r}; e.g. http://localhost:8000/v1")
+                shown = replica.url.rpartition("@")[2]
+                raise ValueError(f"base_urls must be http(s) URLs, got {shown!r}; e.g. http://localhost:8000/v1")
         if len({replica.url for replica in self.all}) < len(self.all):
             raise ValueError("base_urls must be distinct, got one of them twice; drop it")
 
