@@ -70,8 +70,8 @@ def probe(client: openai.OpenAI, replica: Replica, model: str, prompt: list[int]
         listed = client.models.list().data
     except openai.APIError as error:
         raise EngineError(
-            f"{replica.name} does not answer GET {urlsplit(replica.url).path}/models ({reason(error)}); start it, mend the path "
-            "(vLLM and SGLang: /v1), set OPENAI_API_KEY if it wants a key, or drop it from base_urls"
+            f"{replica.name} does not answer GET {urlsplit(replica.url).path}/models ({reason(error)}); start it, mend "
+            "the path (vLLM and SGLang: /v1), set OPENAI_API_KEY if it wants a key, or drop it from base_urls"
         ) from error
     card = next((entry for entry in listed if entry.id == model), None)
     ask = _Asker(client, model, np.array(prompt, dtype=np.int64))
