@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from tw_kernels.trie_attention.config import TileConfig, padded, pick_config
+from tw_kernels.trie_attention.config import PLAN_BLOCK, TileConfig, padded, pick_config
+from tw_kernels.trie_attention.plan_kernels import CHUNK
 from tw_kernels.trie_attention.tune import shared_bytes
 
 SHARED_90, SHARED_86 = 232_448, 101_376  # bytes that a block can have
@@ -66,6 +67,25 @@ OPTIONED = [
 ]
 
 
+def plan_job(kernel: str, window: bool = False, **constexprs: Any) -> dict[str, Any]:
+    """One compilation of a kernel that builds the plan, as `launch_plan` asks for it."""
+    return {
+        "module": "plan_kernels",
+        "kernel": f"_{kernel}_kernel",
+        "dtype": "int32",
+        "capability": 90,
+        "num_warps": 8 if kernel == "order" else 1,
+        "num_stages": 3,
+        "constexprs": constexprs,
+        "absent": [] if window else ["depth_ptr"],
+    }
+
+
+PLAN_JOBS = [plan_job("bounds", window, BLOCK=PLAN_BLOCK) for window in (False, True)]
+PLAN_JOBS += [plan_job("lists", BLOCK=PLAN_BLOCK, CHUNK=CHUNK, HAS_WINDOW=window) for window in (False, True)]
+PLAN_JOBS.append(plan_job("order", CHUNK=CHUNK))
+
+
 def compile_all(jobs: list[dict[str, Any]], processes: int = 2) -> list[dict[str, Any]]:
     """Reports of the jobs, in order."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -117,6 +137,13 @@ def test_sm_90_table() -> None:
         kernel, dtype = report["job"]["kernel"].strip("_").removesuffix("_kernel"), report["job"]["dtype"]
         guess = shared_bytes(table_tiles(kernel, dims, dtype), kernel, *dims, itemsize=2)
         assert abs(report["shared"] - guess) <= max(0.06 * guess, 4096), described(report)
+
+
+def test_the_kernels_of_the_plan_compile_for_any_length() -> None:
+    for report in compile_all(PLAN_JOBS):
+        assert report["spill_bytes"] == 0, report
+        assert report["shared"] <= SHARED_86, report
+        assert "num_blocks" in report["general"]
 
 
 def test_options_and_other_chips_fit() -> None:

@@ -121,5 +121,5 @@ def launch_plan(subtree_end: Tensor, depth: Tensor | None, window: int | None, b
         _lists_kernel[(blocks, 2)](
             bounds, data, n, blocks, window or 0, BLOCK=block, CHUNK=CHUNK, HAS_WINDOW=has_window, num_warps=1
         )
-        _order_kernel[(-(-blocks // CHUNK), 2)](data, blocks, CHUNK=CHUNK, num_warps=4)
+        _order_kernel[(-(-blocks // CHUNK), 2)](data, blocks, CHUNK=CHUNK, num_warps=8)
     return data
