@@ -37,6 +37,7 @@ class Measures(NamedTuple):
         threads: Threads, likewise.
         trie: Its trie, as it would be trained.
         no_trie: Why there is none.
+        scores: What reinforcement learning gave it: each reward by name, and its advantage.
     """
 
     problems: tuple[str, ...]
@@ -48,6 +49,7 @@ class Measures(NamedTuple):
     threads: int | None
     trie: ReasoningTrie | None
     no_trie: str
+    scores: Mapping[str, float]
 
     @property
     def acceleration(self) -> float | None:
@@ -57,7 +59,7 @@ class Measures(NamedTuple):
         return 1 - self.token_latency / self.total_tokens if self.total_tokens else 0.0
 
     def shown(self) -> dict[str, Any]:
-        """The figures by the names of SPEC section 5, without the unknown ones."""
+        """The figures by the names of SPEC section 5, then the scores, without the unknown ones."""
         trie = self.trie
         found = {
             "status": self.status,
@@ -69,7 +71,7 @@ class Measures(NamedTuple):
             "rows": None if trie is None else trie.num_tokens,
             "r": None if trie is None else trie.sharing_ratio,
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in [*found.items(), *self.scores.items()] if value is not None}
 
 
 def measure(entry: Entry, tokenizer: Any = None, tags: TagIds | None = None) -> Measures:
@@ -87,7 +89,11 @@ def measure(entry: Entry, tokenizer: Any = None, tags: TagIds | None = None) -> 
     if isinstance(entry.row.get("status"), str):
         reason = entry.row.get("reason")
         status = f"{entry.row['status']}: {reason}" if reason else entry.row["status"]
-    return Measures(problems, well_formed, status, *figures, trie, no_trie)
+    rewards = entry.row.get("rewards")
+    scores = dict(rewards) if isinstance(rewards, Mapping) else {}
+    if entry.row.get("advantage") is not None:
+        scores["advantage"] = entry.row["advantage"]
+    return Measures(problems, well_formed, status, *figures, trie, no_trie, scores)
 
 
 def _format(entry: Entry) -> tuple[tuple[str, ...], bool | None]:

@@ -61,6 +61,16 @@ def test_text_without_a_tokenizer_has_a_format_and_a_structure():
     assert found.shown() == {"blocks": 1, "threads": 2}
 
 
+def test_scores_of_reinforcement_learning_are_shown():
+    row = {"text": "7", "rewards": {"correctness": 1.0, "format": None}, "advantage": -0.25}
+    assert measure(Entry("1", "", "7", row)).shown() == {
+        "blocks": 0,
+        "threads": 0,
+        "correctness": 1.0,
+        "advantage": -0.25,
+    }
+
+
 def test_malformed_text_is_measured_and_its_problems_have_places(tokenizer, tags):
     text = FORKED.replace("</Parallel>", "")
     found = measure(Entry("1", "", text, {"text": text}), tokenizer, tags)
