@@ -70,6 +70,7 @@ def overhead(records: Records, options: argparse.Namespace) -> None:
             cpus.append(cpu / len(engine.requests))
         wall, cpu = statistics.median(walls), statistics.median(cpus)
         keep(records, f"in_flight_{at_once}", "scripted", calls_per_s=1 / wall, calls_per_cpu_s=1 / cpu)
+    _write(records, options)
 
 
 def _run(decoder: ForkJoinDecoder, prompts: Sequence[Any], at_once: int) -> tuple[float, float, list[Rollout]]:
@@ -214,6 +215,7 @@ def quickstart(records: Records, options: argparse.Namespace) -> None:
                 rounds=options.rounds,
                 check=check,
             )
+            _write(records, options)
 
 
 def forced(records: Records, options: argparse.Namespace) -> None:
@@ -262,11 +264,11 @@ def forced(records: Records, options: argparse.Namespace) -> None:
             rounds=options.rounds,
             check=check,
         )
-        if options.out is not None:
-            _write(records, options)
+        _write(records, options)
 
 
 def _write(records: Records, options: argparse.Namespace) -> Path:
+    """After every case, so that a time-out keeps what was measured."""
     words = [*options.parts, *(["--models", "DIR"] if "quickstart" in options.parts else [])]
     return write_records(
         options.out or "decoding",
@@ -297,7 +299,7 @@ def main() -> None:
     records: Records = []
     for name in options.parts:
         parts[name](records, options)
-    print(_write(records, options))
+    print(f"{len(records)} records written", flush=True)
 
 
 if __name__ == "__main__":
