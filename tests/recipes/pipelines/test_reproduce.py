@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.bench_reproduce import over_seeds, records
 from transformers import AutoModelForCausalLM
 
 from tw_recipes import cli
@@ -32,13 +33,13 @@ TINY = Settings(
     threads=1,
     at_once=False,
     model=ModelSize(hidden_size=16, layers=1, heads=2, context=700),
-    training=Training(batch=4, start_steps=1, steps=2),
+    training=Training(batch=4, start_steps=1, steps=2, retained_share=0.0, mixed_steps=1),
     self_training=SelfTraining(rounds=1, prompts=2, steps=1),
     reinforcement=Reinforcement(steps=1, prompts=2, generations=2),
     evaluation=Evaluation(problems=3, batches=(1, 2), timed=1),
 )
 REPRODUCE = quietly(command.reproduce)  # the command's own way: libraries' warnings are off
-STAGES = ("sft", "self_training_1", "rl")
+STAGES = ("sft", "mixed", "self_training_1", "rl")
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_results_have_every_stage_of_both_sides(run: Path) -> None:
     for side in ("sequential", "forkjoin"):
         stages = results["sides"][side]["stages"]
         assert [stage["name"] for stage in stages] == list(STAGES)
-        assert [stage["training"]["steps"] for stage in stages][::2] == [2, 1]
+        assert [stages[i]["training"]["steps"] for i in (0, 1, 3)] == [2, 1, 1]
         assert {stage["problems"] for stage in stages} == {3}
         assert set(results["sides"][side]["seconds_per_problem"]) == {"1", "2"}
     assert len(results["speedup"]["per_problem"]) == 3
@@ -74,7 +75,7 @@ def test_results_have_every_stage_of_both_sides(run: Path) -> None:
 
 def test_stages_leave_models_and_trajectories(run: Path) -> None:
     folders = {folder.name.rsplit("-", 1)[0]: folder for folder in (run / "stages").iterdir()}
-    assert len(folders) == 1 + 2 * (2 * 3 + 1)
+    assert len(folders) == 1 + 2 * (2 * 4 + 1)
     weights = {}
     for name in ("start", "sequential-sft", "forkjoin-sft", "forkjoin-rl"):
         model = AutoModelForCausalLM.from_pretrained(folders[name] / "model")
@@ -105,6 +106,21 @@ def test_report_has_its_parts(run: Path) -> None:
     for plot in ("accuracy_latency", "training", "reinforcement", "speedup", "wall_clock"):
         assert (run / f"{plot}.png").stat().st_size > 5_000
     assert (run / "examples.html").read_text().count("<details") == 6
+
+
+def test_bench_records_hold_each_stage_and_the_spread_over_seeds(run: Path) -> None:
+    one = records(json.loads((run / "results.json").read_text()), "seed_0")
+    assert {row["impl"] for row in one} == {
+        *("sequential", "forkjoin", "both"),
+        *(f"{side}_{stage}" for side in ("sequential", "forkjoin") for stage in STAGES),
+    }
+    found = {(row["impl"], row["metric"]) for row in one}
+    assert len(found) == len(one)
+    assert {("forkjoin", "speedup_tokens"), ("forkjoin", "speedup_wall_1"), ("sequential", "accuracy")} <= found
+    two = [{**row, "value": row["value"] + 2} for row in one]
+    for row in over_seeds([one, two], ""):
+        before = next(r["value"] for r in one if (r["impl"], r["metric"]) == (row["impl"], row["metric"]))
+        assert row["value"] == pytest.approx({"mean": before + 1, "spread": 2}[row["case"]])
 
 
 def test_a_second_run_makes_nothing_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,9 +103,12 @@ def test_one_flag_an_ablation() -> None:
 
 
 def test_sides_have_the_same_problems_and_uses_do_not_overlap() -> None:
-    settings = replace(PRESETS["cpu"], training=Training(batch=8, start_steps=4, steps=30, sequential_share=0.3))
+    settings = replace(PRESETS["cpu"], training=Training(batch=8, start_steps=4, steps=30))
     plain = rows.training_rows(settings, "sequential", first=4, steps=30)
-    mixed = rows.training_rows(settings, "forkjoin", first=4, steps=30)
+    mixed = rows.training_rows(settings, "forkjoin", first=4, steps=30, sequential_share=0.3)
+    assert rows.training_rows(settings, "forkjoin", first=4, steps=2) == settings.make_task().rows(
+        16, seed=0, offset=32
+    )
     assert [row["prompt"] for row in plain] == [row["prompt"] for row in mixed]
     assert not any("<Parallel>" in row["text"] for row in plain)
     assert 0.6 < sum("<Parallel>" in row["text"] for row in mixed) / 240 < 0.8

@@ -1,7 +1,7 @@
 """`threadweaver reproduce`: the paper's experiment from data to report, sequential and fork/join side by side.
 
-    data ─► start ─┬─► sequential: sft ─► self-training ─► GRPO   ─┐
-                   └─► fork/join:  sft ─► self-training ─► P-GRPO ─┴─► evaluation of every stage ─► report
+    data ─► start ─┬─► sequential: sft ─► mixed ─► self-training ─► GRPO   ─┐
+                   └─► fork/join:  sft ─► mixed ─► self-training ─► P-GRPO ─┴─► evaluation of every stage ─► report
 
     settings   what a run depends on, presets, one flag an ablation
     stages     a stage: a folder, its stage.json, and going on after a kill

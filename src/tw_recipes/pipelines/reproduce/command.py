@@ -96,7 +96,11 @@ def settings_of(
         seed=seed,
         threads=threads or base.threads,
         training=replace(
-            training, start_steps=part(training.start_steps), steps=part(training.steps), leaky_loss=leaky_loss
+            training,
+            start_steps=part(training.start_steps),
+            steps=part(training.steps),
+            mixed_steps=part(training.mixed_steps),
+            leaky_loss=leaky_loss,
         ),
         self_training=replace(
             own, rounds=own.rounds if rounds is None else rounds, prompts=part(own.prompts, 2), steps=part(own.steps)

@@ -18,8 +18,18 @@ SIDES: tuple[Side, ...] = ("sequential", "forkjoin")
 _SELF_TRAINING, _REINFORCEMENT = 1, 2
 
 
-def training_rows(settings: Settings, side: Side, *, first: int, steps: int) -> list[dict[str, str]]:
-    """`steps` batches of training problems from batch `first` on; the problems do not depend on the side."""
+def training_rows(
+    settings: Settings, side: Side, *, first: int, steps: int, sequential_share: float = 0.0
+) -> list[dict[str, str]]:
+    """Training problems, the same for both sides, with a side's solutions.
+
+    Args:
+        settings: Of the run.
+        side: Whose solutions.
+        first: Batches to leave out at the head of the stream.
+        steps: Batches.
+        sequential_share: Share of the fork/join side's problems that get the sequential solution all the same.
+    """
     training = settings.training
     where: dict[str, Any] = {"seed": settings.seed, "offset": first * training.batch}
     task, count = settings.make_task(), steps * training.batch
@@ -27,7 +37,7 @@ def training_rows(settings: Settings, side: Side, *, first: int, steps: int) -> 
     if side == "sequential":
         return rows
     forked = task.rows(count, style="forkjoin", **where)
-    keep = np.random.default_rng([settings.seed, first, 7]).random(count) < training.sequential_share
+    keep = np.random.default_rng([settings.seed, first, 7]).random(count) < sequential_share
     return [plain if whole else fork for plain, fork, whole in zip(rows, forked, keep, strict=True)]
 
 

@@ -40,18 +40,24 @@ class Training:
     Attributes:
         batch: Problems of a step.
         start_steps: Steps of the common start, on sequential solutions. 0: each side starts from random weights.
-        steps: Steps of each side's own stage.
-        sequential_share: Share of the fork/join side's problems that keep the sequential solution, so that
-            reinforcement learning has something to decide.
-        second_lr: Learning rates after the common start, relative to those of the start.
+        steps: Steps of each side's own solutions.
+        retained_share: Share of the fork/join side's problems that keep the sequential solution meanwhile: without
+            any, the model forgets how to write one.
+        mixed_steps: Further steps in which the fork/join side sees `sequential_share` sequential solutions. 0: none.
+        sequential_share: There; about the share of responses that will not fork, which reinforcement learning changes.
+        second_lr: Learning rates of `steps`, relative to those of the start.
+        mixed_lr: Likewise of `mixed_steps`.
         leaky_loss: Ablation: the published behaviour, loss on every token after the prompt, joined copies included.
     """
 
     batch: int = 8
     start_steps: int = 800
-    steps: int = 800
-    sequential_share: float = 0.3
+    steps: int = 600
+    retained_share: float = 0.1
+    mixed_steps: int = 100
+    sequential_share: float = 0.4
     second_lr: float = 0.75
+    mixed_lr: float = 0.4
     leaky_loss: bool = False
 
 
@@ -65,6 +71,8 @@ class SelfTraining:
         steps: Steps of training on what was kept.
         temperature: Of decoding.
         lr: Learning rates, relative to those of the start.
+        sequential_share: The most sequential responses among those of the fork/join side that are kept. They are right
+            more often while forks are still learned, and training on what is right alone would end the forking.
     """
 
     rounds: int = 1
@@ -72,6 +80,7 @@ class SelfTraining:
     steps: int = 32
     temperature: float = 1.0
     lr: float = 0.2
+    sequential_share: float = 0.4
 
 
 @dataclass(frozen=True)
@@ -88,10 +97,10 @@ class Reinforcement:
         std_normalisation: Ablation: divide advantages by the standard deviation of the group.
     """
 
-    steps: int = 24
+    steps: int = 28
     prompts: int = 8
     generations: int = 4
-    lr: float = 3e-4
+    lr: float = 7e-4
     rho: float = 0.5
     eta_max: float = 0.2
     std_normalisation: bool = False
@@ -146,8 +155,9 @@ class Settings:
             raise ValueError(f"rounds must be 0, 1 or 2, got {self.self_training.rounds}")
         if self.training.steps < 1 or self.training.batch < 1 or self.evaluation.problems < 1:
             raise ValueError("training.steps, training.batch and evaluation.problems must be at least 1")
-        if not 0 <= self.training.sequential_share < 1:
-            raise ValueError(f"sequential_share must be in [0, 1), got {self.training.sequential_share}")
+        for name in ("retained_share", "sequential_share"):
+            if not 0 <= getattr(self.training, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self.training, name)}")
         if self.nested and self.task != "multiply":
             raise ValueError(f"nested=True needs the task multiply, got {self.task!r}: its solutions have one block")
         self.make_task()
@@ -186,7 +196,7 @@ PRESETS: dict[str, Settings] = {
         threads=8,
         at_once=False,
         model=ModelSize(hidden_size=512, layers=8, heads=8, context=8192, init=0.02),
-        training=Training(batch=16, start_steps=0, steps=1500, sequential_share=0.2, second_lr=1.0),
+        training=Training(batch=16, start_steps=0, steps=1400, mixed_steps=100, sequential_share=0.2, second_lr=1.0),
         self_training=SelfTraining(prompts=512, steps=100),
         reinforcement=Reinforcement(steps=40, prompts=16, generations=8, lr=2e-5),
         evaluation=Evaluation(problems=500, timed=16),

@@ -1,7 +1,7 @@
 """The stages of one side, sequential or fork/join, from the common start to the evaluation of its last model.
 
-    sft ─► self_training_1 … ─► rl          each followed by a stage that decodes and grades held-out problems
-                                 └─► wall_clock
+    sft ─► mixed ─► self_training_1 … ─► rl     each followed by a stage that decodes and grades held-out problems
+                                          └─► wall_clock
 
 Both sides see the same problems in the same number of steps. As a program this module makes one side's stages on one
 thread, so that two sides use two cores; every result is in the stages' files.
@@ -51,7 +51,7 @@ class SideResult:
     """The stages of one side.
 
     Attributes:
-        supervised: Stages of supervised training, in order: sft, self_training_….
+        supervised: Stages of supervised training, in order: sft, mixed, self_training_….
         reinforced: The stage of reinforcement learning, if there is one.
         evaluated: The evaluation of each of them.
         clock: Wall clock of the last one.
@@ -112,7 +112,10 @@ class Worker:
 
     def side(self, side: Side) -> SideResult:
         """Every stage of one side."""
+        training = self.settings.training
         supervised = [self._sft(side)]
+        if training.mixed_steps:
+            supervised.append(self._mixed(side, supervised[-1]))
         for round in range(self.settings.self_training.rounds):
             supervised.append(self._self_training(side, round, supervised[-1]))
         reinforced = [self._reinforcement(side, supervised[-1])] if self.settings.reinforcement.steps else []
@@ -123,19 +126,41 @@ class Worker:
     def _sft(self, side: Side) -> Stage:
         settings, training = self.settings, self.settings.training
         start = self.start()
-        own = {"nested": settings.nested, "sequential_share": training.sequential_share, "leaky": training.leaky_loss}
+        lr = training.second_lr if training.start_steps else 1.0
 
         def work(folder: Path) -> dict[str, Any]:
-            made = rows.training_rows(settings, side, first=training.start_steps, steps=training.steps)
-            return self._go_on(side, start, made, folder, training.second_lr if training.start_steps else 1.0)
+            made = rows.training_rows(
+                settings,
+                side,
+                first=training.start_steps,
+                steps=training.steps,
+                sequential_share=training.retained_share,
+            )
+            return self._go_on(side, start, made, folder, lr)
 
-        depends = {
-            "start": start.key,
-            "steps": training.steps,
-            "lr": training.second_lr,
-            **(own if side == "forkjoin" else {}),
-        }
+        depends = {"start": start.key, "steps": training.steps, "lr": lr}
+        if side == "forkjoin":
+            depends |= {"nested": settings.nested, "share": training.retained_share, "leaky": training.leaky_loss}
         return self.stages.run(f"{side}-sft", depends, work)
+
+    def _mixed(self, side: Side, before: Stage) -> Stage:
+        """More of the same for the sequential side; the fork/join side learns to solve problems in both ways."""
+        settings, training = self.settings, self.settings.training
+
+        def work(folder: Path) -> dict[str, Any]:
+            made = rows.training_rows(
+                settings,
+                side,
+                first=training.start_steps + training.steps,
+                steps=training.mixed_steps,
+                sequential_share=training.sequential_share,
+            )
+            return self._go_on(side, before, made, folder, training.mixed_lr)
+
+        depends = {"before": before.key, "steps": training.mixed_steps, "lr": training.mixed_lr}
+        if side == "forkjoin":
+            depends |= {"share": training.sequential_share, "leaky": training.leaky_loss}
+        return self.stages.run(f"{side}-mixed", depends, work)
 
     def _self_training(self, side: Side, round: int, before: Stage) -> Stage:
         settings, options = self.settings, self.settings.self_training
@@ -150,8 +175,12 @@ class Worker:
                 limits=self._limits(side),
                 sampling=Sampling(temperature=options.temperature, seed=settings.seed + round),
             )
-            # The share of sequential responses is what the model wrote: reinforcement learning changes it, not we.
-            kept = self_train_select(found, self.task.grader(), end=self.tokenizer.eos_token, max_sequential_share=1.0)
+            kept = self_train_select(
+                found,
+                self.task.grader(),
+                end=self.tokenizer.eos_token,
+                max_sequential_share=options.sequential_share if side == "forkjoin" else 1.0,
+            )
             # Where nothing is fit to be kept the model stays as it is: "kept" and "steps" in the report say so.
             count = options.steps * settings.training.batch if kept.rows else 0
             chosen = rows.cycled(kept.rows, count, settings.seed)
