@@ -23,8 +23,18 @@ def accuracy_latency(path: Path, results: Mapping[str, Any]) -> Path:
         low = [max(0.0, 100 * (s["accuracy"] - s["accuracy_low"])) for s in stages]
         high = [max(0.0, 100 * (s["accuracy_high"] - s["accuracy"])) for s in stages]
         axes.errorbar(x, y, yerr=[low, high], marker="o", capsize=3, color=COLORS[name], label=label, alpha=0.8)
-        for stage, across, up in zip(stages, x, y, strict=True):
-            axes.annotate(stage["name"], (across, up), textcoords="offset points", xytext=(4, 6), fontsize=7)
+        for place, (stage, across, up) in enumerate(zip(stages, x, y, strict=True)):
+            # Stages at one point write below one another; right of fork/join's points, left of sequential ones.
+            left = name == "sequential"
+            axes.annotate(
+                f"{place + 1} {stage['name']}",
+                (across, up),
+                textcoords="offset points",
+                xytext=(-8 if left else 8, -10 * place - 4),
+                ha="right" if left else "left",
+                color=COLORS[name],
+                fontsize=7,
+            )
     axes.set(xlabel="tokens on the critical path", ylabel="accuracy, %", title="Accuracy and token latency by stage")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
