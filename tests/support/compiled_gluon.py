@@ -25,15 +25,15 @@ def signature_of(job: dict[str, Any]) -> tuple[Any, dict[str, str], dict[str, An
     from tw_kernels.trie_attention.hopper import backward, forward, launch
 
     dim, dtype = job["dim"], getattr(torch, job["dtype"])
-    constants = {"D": dim, "BLOCK": 128, "STAGES": 2}
+    constants = {"D": dim, "BLOCK": 128, "STAGES": launch.STAGES}
     if job["kernel"] == "forward":
         kernel = forward._forward_kernel
-        constants |= {"DV": dim, "PERSISTENT": True}
+        constants |= {"DV": dim}
         tiles = {"q": (64, dim, dtype), "k": (128, dim, dtype), "v": (128, dim, dtype), "o": (64, dim, dtype)}
         tiles["end"] = (0, 128, torch.int32)
     else:
         kernel = backward._dkv_kernel
-        constants |= {"WITH_DQ": True, "DQ_BUFFERS": 2}
+        constants |= {"WITH_DQ": True}
         tiles = dict.fromkeys(("q", "do", "dk", "dv"), (64, dim, dtype))
         tiles |= dict.fromkeys(("k", "v"), (128, dim, dtype))
         tiles |= {"dq": (64, dim // 2, torch.float32), "stats": (0, 64, torch.float32)}

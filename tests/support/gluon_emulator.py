@@ -279,10 +279,6 @@ class Emulator:
     def convert_layout(self, x: Tensor, _layout: Any, assert_trivial: bool) -> Tensor:
         return x
 
-    def inline_asm_elementwise(self, asm: str, constraints: str, args: list[Tensor], *_: Any, **__: Any) -> Tensor:
-        assert (asm, constraints) == ("", "=r,0"), "only the identity is known here"
-        return args[0]
-
     def load(self, pointer: Pointer, mask: Any = True, other: Any = 0) -> Tensor:
         offset, mask = torch.broadcast_tensors(torch.as_tensor(pointer.offset), torch.as_tensor(mask))
         return torch.where(mask, pointer.data[torch.where(mask, offset, 0).long()], other)

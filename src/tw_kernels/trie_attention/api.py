@@ -97,7 +97,7 @@ IMPLS: dict[str, Impl] = {
 # auto tries these in turn. On a GPU the block-sparse kernels come first. On a CPU long segments (`varlen.pays_on_cpu`)
 # are worth a loop over them: forward + backward of a trajectory of 3,218 rows took 281 ms against 542 ms for SDPA over
 # all pairs, of 797 rows 20 against 31 ms, of 314 rows 6.0 against 5.2 ms (float32, 8 heads, D 64, two cores of a Xeon).
-GPU_ORDER: tuple[str, ...] = ("triton", "flex", "varlen", "dense", "reference")
+GPU_ORDER: tuple[str, ...] = ("hopper", "triton", "flex", "varlen", "dense", "reference")
 CPU_ORDER: tuple[str, ...] = ("dense", "reference")
 CPU_ORDER_LONG_SEGMENTS = ("varlen", "dense", "reference")
 

@@ -7,8 +7,8 @@ Work      the transpose of the plan: partial tiles with the interval test, then 
           Tiles are transposed (keys down, queries across), so P^T and dS^T enter their products from registers.
 dq        with WITH_DQ each computing group makes half of its columns from the dS of both, and adds it to `sums` by TMA
           reductions, whose order is not fixed: fast, and not bitwise repeatable. Without, dq is another pass.
-Overlap   the first product of the next tile runs while dq leaves. No product is in flight across the loop's back edge,
-          where ptxas would serialise all of them.
+Overlap   both products of a tile are issued before its exponentials; dq leaves by TMA while the next tile is computed.
+          No product is in flight across the loop's back edge, where ptxas would serialise all of them.
 Numerics  as backward.py: p = 2^(logits - lse); P and dS rounded to the inputs' dtype, sums in float32.
 Source    FlashAttention-3 (arXiv:2407.08608), appendix B, over listed tiles.
 Guarded by tests/kernels/test_hopper.py (emulated; on a GPU) and, for what ptxas makes of it, test_hopper_compile.py.
@@ -43,8 +43,7 @@ def _load(
     tma_load(v_desc, [kv_head, block * BLOCK, 0], kv_full, v_smem)
     partial, n_partial, full_tiles, n_full, list_step = tile_list(plan_ptr, block, num_blocks, True)
     width = num_blocks * BLOCK
-    # One tile more than there are: the consumers read ahead.
-    for t in range(0, (n_partial + n_full) * per_block + 1):
+    for t in range(0, (n_partial + n_full) * per_block):
         query_block = listed_block(partial, n_partial, full_tiles, n_full, list_step, t // per_block)
         head = kv_head * group + t % group
         first_q = query_block * BLOCK + (t // group % 2) * M
@@ -68,7 +67,7 @@ def _compute(
     tile_smem, kv_full, full, empty, ds_full, done, plan_ptr, end_ptr, block, kv_head, n_rows, num_blocks,
     group, scale, factor,
     HALF: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr,
-    STAGES: gl.constexpr, WITH_DQ: gl.constexpr, DQ_BUFFERS: gl.constexpr,
+    STAGES: gl.constexpr, WITH_DQ: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one half of the keys; with WITH_DQ also one half of the columns of dq."""
     M: gl.constexpr = BLOCK // 2
@@ -91,17 +90,17 @@ def _compute(
     dk = gl.zeros([M, D], gl.float32, K_L)
     dv = gl.zeros([M, D], gl.float32, K_L)
     mbarrier.wait(kv_full, 0)
-    mbarrier.wait(full.index(0), 0)
-    s = warpgroup_mma(k, q_smem.index(0).reshape([M, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
     for step in range(0, n_tiles):
         stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         q = q_smem.index(stage).reshape([M, D])
         do = do_smem.index(stage).reshape([M, D])
-        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)  # (keys, queries), like s
+        s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # (keys, queries)
+        dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
         first_q = read_int(tile_smem, 2 * stage)
         head = read_int(tile_smem, 2 * stage + 1)
         lse = stats_smem.index(2 * stage).load(QUERIES)
+        s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(s * factor - lse[None, :])
         if head % 2 == 1:
             q_rows = first_q + gl.arange(0, M, QUERIES)
@@ -114,7 +113,7 @@ def _compute(
         ds16 = gl.convert_layout(ds, A_L, assert_trivial=True)
         dk = warpgroup_mma(ds16, q, dk, is_async=True)
         if WITH_DQ:
-            # Two buffers: the other consumer has read one when it arrives at the next.
+            # Two buffers: the other group has read one when it arrives at the next.
             buffer = (step & 1) * 2
             ds_smem.index(buffer + HALF).store(ds)
             fence_async_shared()
@@ -127,23 +126,17 @@ def _compute(
             )
             dq = warpgroup_mma(ds_smem.index(buffer + 1).permute((1, 0)), k_columns.slice(M, M, 0), dq, is_async=True)
             dv, dk, p16, ds16 = warpgroup_mma_wait(2, deps=[dv, dk, p16, ds16])
-        else:
-            dv, dk, p16, ds16 = warpgroup_mma_wait(0, deps=[dv, dk, p16, ds16])
-        mbarrier.arrive(empty.index(stage), count=1)
-        # The next tile's first product runs while this one's dq leaves; no product is in flight across the back edge,
-        # where ptxas would serialise them all.
-        ahead = (step + 1) % STAGES
-        mbarrier.wait(full.index(ahead), ((step + 1) // STAGES) & 1)
-        s = warpgroup_mma(k, q_smem.index(ahead).reshape([M, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
-        if WITH_DQ:
-            dq = warpgroup_mma_wait(1, deps=[dq])
-            tma_store_wait(DQ_BUFFERS - 1)
-            out = dq_smem.index((step % DQ_BUFFERS) * 2 + HALF)
+            mbarrier.arrive(empty.index(stage), count=1)
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            tma_store_wait(1)  # the tile before the last has left its buffer
+            out = dq_smem.index(buffer + HALF)
             out.reshape([M, D // 2]).store(dq)
             fence_async_shared()
             tma_add(dq_desc, [head // 2, first_q, HALF * (D // 2)], out)
-        s = warpgroup_mma_wait(0, deps=[s])
-    # The stages are spent once the other consumer has finished too; dk and dv leave through them.
+        else:
+            dv, dk, p16, ds16 = warpgroup_mma_wait(0, deps=[dv, dk, p16, ds16])
+            mbarrier.arrive(empty.index(stage), count=1)
+    # The stages are spent once the other group has finished too; dk and dv leave through them.
     mbarrier.arrive(done, count=1)
     mbarrier.wait(done, 0)
     spent = q_smem if HALF == 0 else do_smem
@@ -159,7 +152,7 @@ def _compute(
 def _dkv_kernel(
     q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc, dq_desc, plan_ptr, end_ptr,
     n_rows, num_blocks, longest, kv_heads, group, scale, factor,
-    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WITH_DQ: gl.constexpr, DQ_BUFFERS: gl.constexpr,
+    D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WITH_DQ: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys and one key head; with WITH_DQ its part of dq, added to what is there."""
     M: gl.constexpr = BLOCK // 2
@@ -179,7 +172,7 @@ def _dkv_kernel(
     stats_smem = gl.allocate_shared_memory(gl.float32, [2 * STAGES, M], stats_desc.layout)
     DS_L: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, M], dtype)
     ds_smem = gl.allocate_shared_memory(dtype, [4 if WITH_DQ else 1, M, M], DS_L)
-    dq_smem = gl.allocate_shared_memory(gl.float32, [2 * DQ_BUFFERS if WITH_DQ else 1, 1, M, D // 2], dq_desc.layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [4 if WITH_DQ else 1, 1, M, D // 2], dq_desc.layout)
     tile_smem = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
     ds_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
@@ -202,12 +195,12 @@ def _dkv_kernel(
             (_compute, (
                 dk_desc, dv_desc, dq_desc, q_smem, k_smem, v_smem, do_smem, stats_smem, ds_smem, dq_smem,
                 tile_smem, kv_full, full, empty, ds_full, done, plan_ptr, end_ptr, block, kv_head, n_rows, num_blocks,
-                group, scale, factor, 0, D, BLOCK, STAGES, WITH_DQ, DQ_BUFFERS,
+                group, scale, factor, 0, D, BLOCK, STAGES, WITH_DQ,
             )),
             (_compute, (
                 dk_desc, dv_desc, dq_desc, q_smem, k_smem, v_smem, do_smem, stats_smem, ds_smem, dq_smem,
                 tile_smem, kv_full, full, empty, ds_full, done, plan_ptr, end_ptr, block, kv_head, n_rows, num_blocks,
-                group, scale, factor, 1, D, BLOCK, STAGES, WITH_DQ, DQ_BUFFERS,
+                group, scale, factor, 1, D, BLOCK, STAGES, WITH_DQ,
             )),
         ],
         [4, 4],

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tw_kernels.trie_attention.hopper.compat import tma_load, tma_store, tma_store_wait
-from tw_kernels.trie_attention.hopper.parts import LN_2, listed_block, read_int, settle, tile_list, write_int
+from tw_kernels.trie_attention.hopper.parts import LN_2, listed_block, read_int, tile_list, write_int
 
 
 @gluon.jit
@@ -54,7 +54,7 @@ def _load(
     q_desc, k_desc, v_desc, end_desc, q_smem, k_smem, v_smem, end_smem, item_smem,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
     plan_ptr, counter_ptr, num_blocks, kv_heads, group,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Draw items; load their queries, keys, values and the keys' subtree_end."""
     num_items = num_blocks * kv_heads * group
@@ -87,10 +87,7 @@ def _load(
             tma_load(v_desc, [kv_head, first_k, 0], v_full.index(stage), v_smem.index(stage))
             step += 1
         turn += 1
-        if PERSISTENT:  # noqa: SIM108  both branches at once would draw an item
-            item = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
-        else:
-            item = num_items
+        item = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
     _hand_over(item_smem, item_full, item_empty, turn, 0, 0, 0, 0)
 
 
@@ -164,13 +161,12 @@ def _compute(
                 s = gl.where(q_rows[:, None] < k_ends[None, :], s, float("-inf"))
             mbarrier.arrive(k_empty.index(stage), count=1)
             p, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, factor)
-            next_p16 = gl.convert_layout(settle(p.to(dtype)), P_L, assert_trivial=True)
             # The value barrier stands between softmax and wait: ptxas moves the wait up within a basic block.
             mbarrier.wait(v_full.index(stage), phase)
             acc, p16 = warpgroup_mma_wait(0, deps=[pv, p16])
             mbarrier.arrive(v_empty.index(v_stage), count=1)
             acc = acc * gl.convert_layout(rescale, O_ROWS, assert_trivial=True)[:, None]
-            p16 = next_p16
+            p16 = gl.convert_layout(p.to(dtype), P_L, assert_trivial=True)
         mbarrier.arrive(q_empty, count=1)
         v = v_smem.index(stage).reshape([BLOCK, DV])
         pv = warpgroup_mma(p16, v, acc, is_async=True)
@@ -194,7 +190,7 @@ def _compute(
 def _forward_kernel(
     q_desc, k_desc, v_desc, o_desc, end_desc, plan_ptr, counter_ptr, lse_ptr,
     n_rows, num_blocks, kv_heads, group, factor,
-    D: gl.constexpr, DV: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Allocate shared memory and barriers, then part ways."""
     dtype: gl.constexpr = q_desc.dtype
@@ -228,7 +224,7 @@ def _forward_kernel(
             (_load, (
                 q_desc, k_desc, v_desc, end_desc, q_smem, k_smem, v_smem, end_smem, item_smem,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-                plan_ptr, counter_ptr, num_blocks, kv_heads, group, BLOCK, STAGES, PERSISTENT,
+                plan_ptr, counter_ptr, num_blocks, kv_heads, group, BLOCK, STAGES,
             )),
             (_compute, (
                 o_desc, q_smem, k_smem, v_smem, end_smem, o_smem, item_smem,

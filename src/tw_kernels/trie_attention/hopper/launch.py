@@ -21,6 +21,7 @@ from tw_kernels.trie_attention.hopper.passes import after_kernel, before_kernel
 from tw_kernels.trie_attention.plan import BlockPlan, make_plan
 from tw_kernels.trie_attention.tiles import LOG2_E
 
+STAGES = 2  # tiles in shared memory of what streams by: k and v forward, q and do backward
 ROWS = 64  # of the passes before and after
 # Triton 3.10 turns contraction to multiply-add off by default.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -73,8 +74,6 @@ def launch_forward(
     plan: BlockPlan,
     *,
     scale: float,
-    stages: int = 2,
-    persistent: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Allocate o (N, H, Dv) and lse (H, N) float32, launch.
 
@@ -85,8 +84,6 @@ def launch_forward(
         subtree_end: Shape (N,), int32.
         plan: The plan of `subtree_end`, without a window, in blocks of 128 rows.
         scale: Logit scale, positive.
-        stages: Key and value tiles in shared memory.
-        persistent: One program a multiprocessor, instead of one an item.
     """
     n, heads, dim = q.shape
     kv_heads, value_dim = v.shape[1:]
@@ -96,12 +93,11 @@ def launch_forward(
     o = q.new_empty((n, heads, value_dim))
     lse = q.new_empty((heads, n), dtype=torch.float32)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    items = plan.num_blocks * heads
-    _forward_kernel[(min(items, _multiprocessors(q.device)) if persistent else items,)](
+    _forward_kernel[(min(plan.num_blocks * heads, _multiprocessors(q.device)),)](
         describe(q, block // 2), describe(k, block), describe(v, block), describe(o, block // 2),
         describe_vector(end, block), plan.data, counter, lse,
         n, plan.num_blocks, kv_heads, heads // kv_heads, scale * LOG2_E.value,
-        D=dim, DV=value_dim, BLOCK=block, STAGES=stages, PERSISTENT=persistent, **OPTIONS,
+        D=dim, DV=value_dim, BLOCK=block, STAGES=STAGES, **OPTIONS,
     )  # fmt: skip
     return o, lse
 
@@ -118,9 +114,6 @@ def launch_backward(
     *,
     scale: float,
     deterministic: bool,
-    stages: int = 2,
-    dq_buffers: int = 2,
-    longest: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate and compute dq, dk and dv.
 
@@ -135,9 +128,6 @@ def launch_backward(
         grad_o: Gradient of the loss by `o`. Shape (N, H, D).
         scale: Logit scale, positive.
         deterministic: Compute dq in a pass of its own, the portable one, instead of adding it up in any order.
-        stages: Query and output gradient tiles in shared memory.
-        dq_buffers: Tiles of dq on their way out.
-        longest: Key blocks of every head that come before all others. Defaults to those of the first wave.
     """
     n, heads, dim = q.shape
     kv_heads = v.shape[1]
@@ -152,14 +142,13 @@ def launch_backward(
         o, grad_o, lse, stats, None if deterministic else sums,
         o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), n, width, D=dim, ROWS=ROWS, **OPTIONS,
     )  # fmt: skip
-    if longest is None:
-        longest = min(plan.num_blocks, -(-_multiprocessors(q.device) // kv_heads))
+    longest = min(plan.num_blocks, -(-_multiprocessors(q.device) // kv_heads))
     _dkv_kernel[(plan.num_blocks * kv_heads,)](
         describe(q, block // 2), describe(k, block), describe(v, block), describe(grad_o, block // 2),
         describe_vector(stats, block // 2), describe(dk, block // 2), describe(dv, block // 2),
         describe(sums, block // 2, dim // 2), plan.data, subtree_end,
         n, plan.num_blocks, longest, kv_heads, heads // kv_heads, scale, scale * LOG2_E.value,
-        D=dim, BLOCK=block, STAGES=stages, WITH_DQ=not deterministic, DQ_BUFFERS=dq_buffers, **OPTIONS,
+        D=dim, BLOCK=block, STAGES=STAGES, WITH_DQ=not deterministic, **OPTIONS,
     )  # fmt: skip
     if deterministic:
         _dq_pass(q, k, v, subtree_end, plan, o, lse, grad_o, dq, scale)

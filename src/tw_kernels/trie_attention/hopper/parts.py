@@ -28,9 +28,3 @@ def write_int(smem, i, value):
 def read_int(smem, i):
     """Entry i of (n, 1) shared memory as a scalar."""
     return gl.sum(smem.index(i).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
-
-
-@gluon.jit
-def settle(x):
-    """16-bit x, rounded here: otherwise LLVM moves the rounding to where x is used, behind the wait for a product."""
-    return gl.inline_asm_elementwise("", "=r,0", [x], x.dtype, is_pure=False, pack=2)
