@@ -106,6 +106,9 @@ def test_the_share_of_prompt_tokens_from_the_cache_is_counted():
         threads = [call for call in calls if call.kind == "thread"]
         # Whole pages of what the fork shares; the last token written is not in the cache yet.
         assert all(call.cached_tokens >= (fork - 1) // 4 * 4 for call in threads)
+        # The first thread is a prefix of the joined ids: the join prefills the copies of the others alone.
+        written = len(threads[0].context) + len(threads[0].completion)
+        assert calls[-1].cached_tokens == (written - 1) // 4 * 4
         assert engine.cached_share > 0.6
         assert [call.kind for call in calls].count("warm") == warm
 
