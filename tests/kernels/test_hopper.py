@@ -41,7 +41,7 @@ from tests.support.tolerances import (
     run_impl,
 )
 from tw_kernels import AttentionCall, choose_impl, make_plan, trie_attention
-from tw_kernels.trie_attention.hopper import launch, support
+from tw_kernels.trie_attention.hopper import backward, launch, support
 
 # ---------------------------------------------------------------------------------------------------- emulated, CPU
 
@@ -99,6 +99,23 @@ def test_layouts_that_tma_can_and_cannot_describe(emulated: None) -> None:
     compare(problem, problem.q, odd, v, end, problem.grad_out, deterministic=False)
     ones = dataclasses.replace(problem, grad_out=torch.ones_like(problem.grad_out))
     compare(ones, q, k, v, end, torch.ones((), dtype=q.dtype).expand(q.shape), deterministic=False)
+
+
+def test_every_block_of_every_head_has_one_program() -> None:
+    """The longest of all heads first, then heads from left to right, the last head by length."""
+    emulator = Emulator(backward._dkv_kernel)
+    item = emulator.translate(backward._item)
+    for blocks, heads, longest in [(1, 1, 0), (7, 3, 2), (9, 2, 9), (40, 1, 32), (33, 5, 13)]:
+        order = torch.randperm(blocks, generator=torch.Generator().manual_seed(blocks)).int()
+        rest = order[longest:].tolist()
+        want = [(head, block) for block in order[:longest].tolist() for head in range(heads)]
+        want += [(head, block) for head in range(heads) for block in (sorted(rest) if head < heads - 1 else rest)]
+        got = []
+        for program in range(blocks * heads):
+            emulator.program = (program, blocks * heads)
+            sizes = (torch.tensor(x, dtype=torch.int32) for x in (blocks, heads, longest))
+            got.append(tuple(map(int, item(gluon_emulator.Pointer(order), *sizes))))
+        assert got == want
 
 
 def test_the_emulator_sees_what_is_early_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:

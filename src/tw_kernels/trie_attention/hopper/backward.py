@@ -2,7 +2,7 @@
 
 Layout    q, do: (N, H, D); k, v, dk, dv: (N, Hkv, D); sums: (N, H, D) float32, all as descriptors (launch.py).
           stats: (2, H, W) float32, W = N rounded up to blocks: lse in units of log 2, then delta (passes.py).
-Grid      one program per block of keys and key head: the `longest` blocks of all heads first, then head after head.
+Grid      one program per block of keys and key head, in the order of `_item`.
 Work      the transpose of the plan: partial tiles with the interval test, then full ones; each for the group's heads.
           Tiles are transposed (keys down, queries across), so P^T and dS^T enter their products from registers.
 dq        with WITH_DQ each computing group makes half of its columns from the dS of both, and adds it to `sums` by TMA
@@ -27,6 +27,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from tw_kernels.trie_attention.hopper.compat import tma_add, tma_load, tma_store, tma_store_wait
 from tw_kernels.trie_attention.hopper.parts import listed_block, read_int, tile_list, visible, write_int
+
+MOST_LONGEST = gl.constexpr(32)  # blocks of a head that may come before their turn
+
+
+@gluon.jit
+def _item(order_ptr, num_blocks, kv_heads, longest):
+    """This program's key head and block of keys; `order_ptr` lists the blocks from most tiles to fewest.
+
+    The `longest` blocks of every head come first, for balance. Then head follows head, its blocks from left to right:
+    neighbours, which meet the same queries, run together and find them, and their dq, in L2. The last head's blocks run
+    by length, so that the multiprocessors finish together.
+    """
+    L: gl.constexpr = gl.BlockedLayout([1, MOST_LONGEST], [32, 1], [gl.num_warps(), 1], [1, 0])
+    program = gl.program_id(0)
+    rest = program - longest * kv_heads
+    shorter = gl.maximum(num_blocks - longest, 1)
+    kv_head = gl.where(rest < 0, program % kv_heads, rest // shorter)
+    place = rest % shorter
+    rank = gl.where(rest < 0, program // kv_heads, longest + place)
+    by_length = gl.load(order_ptr + rank)
+    # Of all blocks but the longest, number `place` from the left: that, and the longest ones left of it.
+    i = gl.arange(0, MOST_LONGEST, gl.SliceLayout(1, L))
+    j = gl.arange(0, MOST_LONGEST, gl.SliceLayout(0, L))
+    long_block = gl.load(order_ptr + i, mask=i < longest, other=2**30)
+    others = gl.load(order_ptr + j, mask=j < longest, other=2**30)
+    left_of_it = gl.sum((others[None, :] < long_block[:, None]).to(gl.int32), 1)
+    by_place = place + gl.sum((long_block - left_of_it <= place).to(gl.int32), 0)
+    return kv_head, gl.where((rest < 0) | (kv_head == kv_heads - 1), by_length, by_place)
 
 
 @gluon.jit
@@ -158,13 +186,7 @@ def _dkv_kernel(
     M: gl.constexpr = BLOCK // 2
     dtype: gl.constexpr = q_desc.dtype
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    # The `longest` blocks of every head come first, for balance; then head after head, whose rows stay in L2.
-    item = gl.program_id(0)
-    rest = item - longest * kv_heads
-    shorter = gl.maximum(num_blocks - longest, 1)
-    kv_head = gl.where(rest < 0, item % kv_heads, rest // shorter)
-    rank = gl.where(rest < 0, item // kv_heads, longest + rest % shorter)
-    block = gl.load(plan_ptr + 5 * num_blocks + rank)
+    kv_head, block = _item(plan_ptr + 5 * num_blocks, num_blocks, kv_heads, longest)
     k_smem = gl.allocate_shared_memory(dtype, [1, BLOCK, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [1, BLOCK, D], v_desc.layout)
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, M, D], q_desc.layout)

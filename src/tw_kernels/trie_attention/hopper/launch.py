@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tw_kernels.trie_attention.backward import _dq_kernel
 from tw_kernels.trie_attention.config import matmul_precision, padded, pick_config
-from tw_kernels.trie_attention.hopper.backward import _dkv_kernel
+from tw_kernels.trie_attention.hopper.backward import MOST_LONGEST, _dkv_kernel
 from tw_kernels.trie_attention.hopper.forward import _forward_kernel
 from tw_kernels.trie_attention.hopper.passes import after_kernel, before_kernel
 from tw_kernels.trie_attention.plan import BlockPlan, make_plan
@@ -142,7 +142,7 @@ def launch_backward(
         o, grad_o, lse, stats, None if deterministic else sums,
         o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), n, width, D=dim, ROWS=ROWS, **OPTIONS,
     )  # fmt: skip
-    longest = min(plan.num_blocks, -(-_multiprocessors(q.device) // kv_heads))
+    longest = min(plan.num_blocks, MOST_LONGEST.value, _multiprocessors(q.device) // kv_heads)  # one wave of all heads
     _dkv_kernel[(plan.num_blocks * kv_heads,)](
         describe(q, block // 2), describe(k, block), describe(v, block), describe(grad_o, block // 2),
         describe_vector(stats, block // 2), describe(dk, block // 2), describe(dv, block // 2),
