@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.support.grpo import GROUP, PROMPTS, branching_rollouts, chain_rollouts, make_trainer, train
 from tests.support.models import tiny_model
+from tests.support.processes import leave_together
 from tests.support.sft import BYTE_VOCAB, parameters
 from tests.support.tries import largest_error
 from tw_recipes.grpo import logps
@@ -94,7 +95,7 @@ def _worker(rank: int, directory: str, port: int) -> None:
     warnings.simplefilter("ignore")
     _ddp(directory)
     _fsdp2(directory, rank)
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from tests.support.pgrpo import (
     policy,
     scripted,
 )
+from tests.support.processes import leave_together
 from tw_recipes.rollout import read_trajectories
 
 
@@ -50,7 +51,7 @@ def _worker(rank: int, directory: str, port: int) -> None:
         steps, logs = train(trainer)
         if rank == 0:
             torch.save({"gradients": steps[0], "logs": logs[0]}, f"{directory}/{case}.pt")
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.support.models import tiny_model
+from tests.support.processes import leave_together
 from tests.support.sft import logged, parameters, stock_trainer, trajectories, trie_trainer
 from tests.support.tries import largest_error
 
@@ -63,7 +64,7 @@ def _worker(rank: int, directory: str, port: int) -> None:
     torch.set_num_threads(1)
     _ddp(directory)
     _fsdp2(directory, rank)
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 @pytest.fixture(scope="module")
