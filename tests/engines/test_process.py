@@ -1,8 +1,8 @@
 """A server that is ours: killed in the middle of a run and started again, and the command line on top of it."""
 
 import json
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -43,16 +43,14 @@ def test_killed_and_started_again_in_the_middle_of_a_run(processes):
     engine = bench.remote(attempts=200, max_backoff_s=1.0)
     before = bench.decode(engine, bench.prompts, max_calls=4)
 
-    def kill_and_start():
+    # The server ends with the thread that started it, so this one starts it.
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(bench.decode, engine, bench.prompts, max_calls=4)
         time.sleep(0.3)
+        assert not running.done()
         server.stop(kill=True)
         server.start()
-
-    killer = threading.Thread(target=kill_and_start)
-    killer.start()
-    after = bench.decode(engine, bench.prompts, max_calls=4)
-    killer.join()
-    server.wait()
+        after = running.result(600)
     assert [one.key for one in after] == [one.key for one in before]
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(before, after, strict=True))
     assert [one.status for one in after] == [one.status for one in before]

@@ -226,16 +226,17 @@ class EngineServer(LocalServer):
         bias = {int(token): value for token, value in body.get("logit_bias", {}).items()}
         sampling = Sampling(body["temperature"], body["top_p"], max(body["top_k"], 0), logit_bias=bias)
         request = Request(np.array(body["prompt"], dtype=np.int64), stops, body["max_tokens"], sampling)
-        # Raw log-probs, or (SGLang) those after temperature.
-        scale = body["temperature"] or 1.0 if self.dialect == "sglang" else 1.0
-        engine = ScriptedEngine(self.write, [0], logprob=-0.5 / scale)
+        # A bias of 100 makes a token certain, which SGLang's log-probs show and vLLM's do not.
+        certain = [token for token, value in bias.items() if value >= 100]
+        logprob = 0.0 if certain and self.dialect == "sglang" else -0.5
+        engine = ScriptedEngine((lambda request: certain * 9) if certain else self.write, [0], logprob=logprob)
         done: Completion = asyncio.run(engine.generate(request))
         ids = [int(token) for token in done.ids]
         last = ids[-1] if done.finish == "stop" else None
         choice: dict[str, Any] = {
             "index": 0,
             "text": "",
-            "logprobs": {"token_logprobs": [-0.5 / scale] * len(ids), "tokens": [""] * len(ids)},
+            "logprobs": {"token_logprobs": [logprob] * len(ids), "tokens": [""] * len(ids)},
             "finish_reason": "abort" if fault == "abort" else done.finish,
             "token_ids": ids,
             "prompt_token_ids": body["prompt"],

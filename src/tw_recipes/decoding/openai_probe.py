@@ -21,7 +21,9 @@ from tw_recipes.decoding.replicas import Replica
 
 LogprobsOf = Literal["model", "sampled"]
 
-_SHARP = 0.25  # temperature of the call that tells raw log-probs from those after temperature
+_CERTAIN = -1e-3  # a log-prob above this is that of a certain token
+# What a server keeps back of its max_model_len: SGLang 0.5.23 refuses prompts longer than it less 6.
+_RESERVED = {"sglang": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def probe(client: openai.OpenAI, replica: Replica, model: str, prompt: list[int]
     try:
         missing, first = ask.what_is_missing()
     except openai.NotFoundError:
-        card, missing, first = None, [], (0, 0.0)
+        card, missing, first = None, [], 0
     if card is None and not missing:
         raise EngineError(
             f"{replica.name} does not serve {model!r}; it serves {[entry.id for entry in listed]}: pass one of these "
@@ -89,8 +91,10 @@ def probe(client: openai.OpenAI, replica: Replica, model: str, prompt: list[int]
             f"{replica.name} cannot run fork/join decoding: {'; '.join(missing)}. vLLM and SGLang can; use one of "
             "them (docs/engines.md has the tested versions)"
         )
-    length = (card.model_extra or {}).get("max_model_len")
-    return Server(replica.name, card.owned_by or "unknown", length, ask.logprobs_of(*first))
+    kind, length = card.owned_by or "unknown", (card.model_extra or {}).get("max_model_len")
+    if length is not None:
+        length -= _RESERVED.get(kind, 0)
+    return Server(replica.name, kind, length, ask.logprobs_of(first))
 
 
 class _Asker:
@@ -99,14 +103,14 @@ class _Asker:
     def __init__(self, client: openai.OpenAI, model: str, prompt: np.ndarray) -> None:
         self.client, self.model, self.prompt = client, model, prompt
 
-    def what_is_missing(self) -> tuple[list[str], tuple[int, float]]:
-        """Everything that is missing, and the first greedy token with its log-prob (if nothing is)."""
+    def what_is_missing(self) -> tuple[list[str], int]:
+        """Everything that is missing, and the first greedy token (if nothing is)."""
         try:
             choice, count = self._post(self._body(1))
         except openai.NotFoundError:
             raise
         except openai.APIStatusError as error:
-            return self._refused(error), (0, 0.0)
+            return self._refused(error), 0
         missing = []
         ids, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not ids or choice.get("prompt_token_ids") is None:
@@ -118,16 +122,18 @@ class _Asker:
         choice, count = self._post(self._body(4, stop, {} if ids else {stop: 100.0}))
         if count != 1:
             missing.append(f"it ignores stop_token_ids (it wrote {count} tokens where the first one was a stop id)")
-        return missing, (stop, logprobs[0] if logprobs else 0.0)
+        return missing, stop
 
-    def logprobs_of(self, token: int, plain: float) -> LogprobsOf:
-        """Whether a temperature changes the log-prob that is told for a token."""
-        body = self._body(1, sampling=Sampling(_SHARP, top_k=1))
-        choice, _ = self._post(body)
-        sharp = choice["logprobs"]["token_logprobs"][0]
-        if choice["token_ids"][0] != token:
-            raise EngineError(f"top_k=1 must give the greedy token {token}, got {choice['token_ids'][0]}")
-        return "model" if abs(sharp - plain) <= 0.1 * abs(plain) else "sampled"
+    def logprobs_of(self, greedy: int) -> LogprobsOf:
+        """Whether a bias that makes a token certain shows in the log-prob that is told for it."""
+        token = next(int(token) for token in self.prompt if token != greedy)
+        try:
+            choice, _ = self._post(self._body(1, bias={token: 100.0}))
+        except openai.APIStatusError as error:
+            raise EngineError(f"{self.client.base_url.host} refuses logit_bias ({reason(error)})") from error
+        if choice["token_ids"] != [token]:
+            raise EngineError(f"{self.client.base_url.host} ignores logit_bias: {token} was certain, got {choice}")
+        return "sampled" if choice["logprobs"]["token_logprobs"][0] > _CERTAIN else "model"
 
     def _refused(self, error: openai.APIStatusError) -> list[str]:
         """Which part of a refused call is at fault."""
@@ -147,10 +153,8 @@ class _Asker:
                 missing.append(f"it refuses {name} ({reason(refusal)})")
         return missing or [f"it refuses a call with all sampling fields ({reason(error)})"]
 
-    def _body(
-        self, max_tokens: int, stop: int | None = None, bias: dict[int, float] | None = None, sampling: Any = None
-    ) -> dict[str, Any]:
-        sampling = sampling or Sampling(0.0, logit_bias=bias or {})
+    def _body(self, max_tokens: int, stop: int | None = None, bias: dict[int, float] | None = None) -> dict[str, Any]:
+        sampling = Sampling(0.0, logit_bias=bias or {})
         stops = () if stop is None else (stop,)
         return completion_body(Request(self.prompt, stops, max_tokens, sampling), self.model)
 

@@ -46,7 +46,7 @@ def test_fork_join_trajectories_over_http(serve, tokenizer, dialect):
     assert {rollout.text(tokenizer) for rollout in rollouts} == {FORKED + tokenizer.eos_token}
     assert all(rollout.complete for rollout in rollouts)
     assert engine.logprobs_of == {"vllm": "model", "sglang": "sampled"}[dialect]
-    assert engine.max_context == 4096
+    assert engine.max_context == {"vllm": 4096, "sglang": 4090}[dialect]  # what SGLang keeps back
     one = rollouts[0]
     assert [len(values) for values in one.logprobs] == [len(unit.completion) for unit in one.units]
     assert {call.replica for call in one.calls} == {engine.servers[0].name}

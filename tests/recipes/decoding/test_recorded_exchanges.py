@@ -3,7 +3,6 @@
 tests/engines/record.py records them; each file in tests/data/exchanges says how it came about.
 """
 
-import asyncio
 import copy
 import json
 from pathlib import Path
@@ -15,11 +14,10 @@ from tests.engines.record import CONTEXT, FORCED, ask_all
 from tests.support.rollouts import tagged_tokenizer
 from tests.support.servers import EngineServer, ReplayServer
 from tw_recipes.decoding import EngineError, OpenAIEngine, Request
-from tw_recipes.decoding.openai_probe import Server
 from tw_recipes.decoding.openai_wire import LostReply, read_completion
 
 FOLDER = Path(__file__).parents[2] / "data" / "exchanges"
-SGLANG = Request(np.arange(10, 18), (182,), 8)
+STOPPED = Request(CONTEXT, (186, 256), 12)
 
 
 def recorded(name):
@@ -30,11 +28,10 @@ def completions(name):
     return [e for e in recorded(name) if e["path"].endswith("/completions")]
 
 
-@pytest.fixture(scope="module")
-def vllm():
+def replay(name):
     """The engine, its answers by name, and what it told while it streamed; every request must have been recorded."""
     told = []
-    with ReplayServer(recorded("vllm-0.32.0")) as server:
+    with ReplayServer(recorded(name)) as server:
         engine = OpenAIEngine(server.url, "model", tagged_tokenizer(), max_context=100_000, attempts=1)
         answers = ask_all(engine, told.extend)
         assert server.unknown == []
@@ -42,72 +39,85 @@ def vllm():
     return engine, answers, told
 
 
-def test_vllm_passes_the_probe(vllm):
-    (server,) = vllm[0].servers
-    assert (server.kind, server.max_context, server.logprobs_of) == ("vllm", 512, "model")
+@pytest.fixture(scope="module")
+def vllm():
+    return replay("vllm-0.32.0")
 
 
-def test_vllm_ids_log_probs_and_cached_blocks(vllm):
-    _, answers, told = vllm
-    greedy, again, streamed = answers["greedy"], answers["again"], answers["streamed"]
+@pytest.fixture(scope="module")
+def sglang():
+    return replay("sglang-0.5.23")
+
+
+@pytest.fixture(params=["vllm", "sglang"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+def said(name):
+    """What each call with a biased token says to have stopped it, by its last id."""
+    field = {"vllm-0.32.0": "stop_reason", "sglang-0.5.23": "matched_stop"}[name]
+    choices = [
+        exchange["response"]["choices"][0]
+        for exchange in completions(name)
+        if exchange["request"].get("logit_bias") and exchange["request"]["max_tokens"] == 8
+    ]
+    assert all(choice["text"] == "" for choice in choices)  # the stop id is dropped from the text
+    return {choice["token_ids"][-1]: choice[field] for choice in choices}
+
+
+def test_both_pass_the_probe(vllm, sglang):
+    ((one,), (other,)) = vllm[0].servers, sglang[0].servers
+    assert (one.kind, one.max_context, one.logprobs_of) == ("vllm", 512, "model")
+    assert (other.kind, other.max_context, other.logprobs_of) == ("sglang", 506, "sampled")
+
+
+def test_both_give_the_same_greedy_ids_and_log_probs(vllm, sglang):
+    first, second = vllm[1]["greedy"], sglang[1]["greedy"]
+    np.testing.assert_array_equal(first.ids, second.ids)
+    np.testing.assert_allclose(first.logprobs, second.logprobs, atol=1e-5)
+    assert max(first.ids) >= len(tagged_tokenizer())  # rows without a token are sampled, and taken as they are
+
+
+def test_ids_log_probs_and_streams(either):
+    _, answers, told = either
+    greedy = answers["greedy"]
     assert (len(greedy.ids), greedy.finish) == (8, "length")
-    assert max(greedy.ids) > len(tagged_tokenizer())  # rows without a token are sampled, and taken as they are
-    for other in (again, streamed):
+    for other in (answers["again"], answers["streamed"]):
         np.testing.assert_array_equal(other.ids, greedy.ids)
-        np.testing.assert_array_equal(other.logprobs, greedy.logprobs)
+        np.testing.assert_allclose(other.logprobs, greedy.logprobs, atol=1e-5)
     assert told == greedy.ids.tolist()
-    assert (greedy.cached_tokens, again.cached_tokens) == (0, 32)  # blocks of 32, never the last token
+    assert len(answers["sampled"].ids) == 8
     assert answers["sampled"].ids.tolist() != greedy.ids.tolist()
 
 
-def test_vllm_says_stop_reason_null_at_an_end_of_sequence(vllm):
-    """The end is read from the last id: stop_reason alone would call this one a length."""
-    engine, answers, _ = vllm
+def test_cached_tokens_are_whole_blocks_or_exact_and_never_the_last_one(vllm, sglang):
+    assert (vllm[1]["greedy"].cached_tokens, vllm[1]["again"].cached_tokens) == (0, 32)
+    assert (sglang[1]["greedy"].cached_tokens, sglang[1]["again"].cached_tokens) == (0, 63)
+
+
+def test_the_end_is_read_from_the_last_id_whatever_the_server_says(either):
+    engine, answers, _ = either
     assert answers["forced stop"].ids.tolist() == [FORCED]
     assert answers["end of sequence"].ids.tolist() == [engine.eos_ids[0]]
     assert answers["forced stop"].finish == answers["end of sequence"].finish == "stop"
-    assert answers["forced stop"].logprobs[0] < -1  # raw: the bias that made it certain does not show
-    reasons = {
-        exchange["response"]["choices"][0]["token_ids"][-1]: exchange["response"]["choices"][0]["stop_reason"]
-        for exchange in completions("vllm-0.32.0")
-        if exchange["request"].get("logit_bias") and exchange["request"]["max_tokens"] == 8
-    }
-    assert reasons == {FORCED: FORCED, engine.eos_ids[0]: None}
+    shows = answers["forced stop"].logprobs[0] > -1e-3
+    assert shows == (engine.logprobs_of == "sampled")  # the bias that made it certain shows, or does not
 
 
-def test_vllm_refuses_a_long_prompt_and_cuts_a_long_completion(vllm):
-    _, answers, _ = vllm
-    assert "refused the call: HTTP 400: This model's maximum context length is 512 tokens" in str(answers["too long"])
-    assert "it wrote 12 of 64 tokens and calls that the length" in str(answers["clamped"])
+def test_stop_reason_is_null_at_an_end_of_sequence_and_matched_stop_is_not(vllm, sglang):
+    eos = vllm[0].eos_ids[0]
+    assert said("vllm-0.32.0") == {FORCED: FORCED, eos: None}
+    assert said("sglang-0.5.23") == {FORCED: FORCED, eos: eos}
 
 
-@pytest.fixture
-def sglang(monkeypatch):
-    monkeypatch.setattr(OpenAIEngine, "_probe", lambda self: [Server("sglang", "sglang", 100_000, "sampled")])
-    with ReplayServer(recorded("sglang-0.5.23")) as server:
-        yield OpenAIEngine(server.url, "tiny", tagged_tokenizer(), attempts=1)
-        assert server.unknown == []
-
-
-def ask(engine, request):
-    async def run():
-        try:
-            return await engine.generate(request)
-        finally:
-            await engine.aclose()
-
-    return asyncio.run(run())
-
-
-def test_sglang_says_matched_stop_and_counts_cached_tokens_exactly(sglang):
-    done = ask(sglang, SGLANG)
-    assert (done.ids.tolist(), done.finish, done.cached_tokens) == ([68, 273, 182], "stop", 7)
-    np.testing.assert_allclose(done.logprobs, [-1.64747, -2.09809, -2.52557])
-
-
-def test_sglang_has_another_form_of_error(sglang):
-    with pytest.raises(EngineError, match="refused the call: HTTP 400: Requested token count exceeds"):
-        ask(sglang, Request(np.full(600, 20), (), 8))
+def test_a_long_prompt_is_refused_and_a_long_completion_cut_or_refused(vllm, sglang):
+    """Two forms of error body, two texts."""
+    one, other = vllm[1], sglang[1]
+    assert "refused the call: HTTP 400: This model's maximum context length is 512 tokens" in str(one["too long"])
+    assert "it wrote 12 of 64 tokens and calls that the length" in str(one["clamped"])
+    assert "refused the call: HTTP 400: The input (600 tokens) is longer than the model's" in str(other["too long"])
+    assert "refused the call: HTTP 400: Requested token count exceeds the model's" in str(other["clamped"])
 
 
 @pytest.mark.parametrize(
@@ -140,6 +150,14 @@ def test_servers_that_cannot_do_it_fail_at_the_probe_with_all_that_is_missing(na
     assert str(refused.value).startswith(f"{server.name} cannot run fork/join decoding: ")
     assert all(part in str(refused.value) for part in parts)
     assert "vLLM and SGLang can" in str(refused.value)
+
+
+def stopped_reply():
+    """A recorded reply of eight tokens, its last one declared a stop id."""
+    asked = [e for e in completions("sglang-0.5.23") if e["request"]["prompt"] == CONTEXT.tolist()]
+    reply = copy.deepcopy(asked[0]["response"])
+    reply["choices"][0] |= {"finish_reason": "stop", "matched_stop": reply["choices"][0]["token_ids"][-1]}
+    return reply
 
 
 def no_ids(choice, usage):
@@ -199,41 +217,41 @@ BROKEN = {
     no_ids: "its reply has no token_ids and prompt_token_ids",
     no_prompt_ids: "its reply has no token_ids and prompt_token_ids",
     no_logprobs: "its reply lacks logprobs.token_logprobs",
-    one_logprob_less: "its counts do not add up: .*'logprobs': 2",
+    one_logprob_less: "its counts do not add up: .*'logprobs': 7",
     one_id_less: "its counts do not add up",
     other_prompt: "prompt_token_ids differ from the prompt",
-    usage_off_by_one: "its counts do not add up: .*'usage.completion_tokens': 4",
-    prompt_cut: "its counts do not add up: .*'usage.prompt_tokens': 7",
-    stop_id_left_out: "it stopped at id 182 and left this id out of token_ids",
-    runs_on: r"wrote 1 tokens past the stop id 182",
-    cut_short: "it wrote 2 of 8 tokens and calls that the length",
+    usage_off_by_one: "its counts do not add up: .*'usage.completion_tokens': 9",
+    prompt_cut: "its counts do not add up: .*'usage.prompt_tokens': 63",
+    stop_id_left_out: "it stopped at id 186 and left this id out of token_ids",
+    runs_on: r"wrote 1 tokens past the stop id 186",
+    cut_short: "it wrote 7 of 12 tokens and calls that the length",
     filtered: "finish_reason must be stop or length, got 'content_filter'",
 }
 
 
 @pytest.mark.parametrize("change", BROKEN, ids=lambda change: change.__name__)
 def test_a_recorded_reply_with_one_thing_wrong_is_refused(change):
-    reply = copy.deepcopy(completions("sglang-0.5.23")[0]["response"])
-    assert read_completion(copy.deepcopy(reply), SGLANG).ids.tolist() == [68, 273, 182]
+    reply = stopped_reply()
+    assert read_completion(copy.deepcopy(reply), STOPPED).ids[-1] == 186
     change(reply["choices"][0], reply["usage"])
     with pytest.raises(EngineError, match=BROKEN[change]):
-        read_completion(reply, SGLANG)
+        read_completion(reply, STOPPED)
 
 
 def test_a_taken_back_call_may_be_sent_again():
-    reply = copy.deepcopy(completions("sglang-0.5.23")[0]["response"])
+    reply = stopped_reply()
     reply["choices"][0]["finish_reason"] = "abort"
     with pytest.raises(LostReply, match="aborted"):
-        read_completion(reply, SGLANG)
+        read_completion(reply, STOPPED)
 
 
 @pytest.mark.parametrize("details", [None, {}, {"cached_tokens": None}, {"something_new": 3}])
 def test_a_server_that_does_not_count_cached_tokens(details):
-    reply = copy.deepcopy(completions("sglang-0.5.23")[0]["response"])
+    reply = stopped_reply()
     reply["usage"]["prompt_tokens_details"] = details
-    assert read_completion(reply, SGLANG).cached_tokens is None
+    assert read_completion(reply, STOPPED).cached_tokens is None
     del reply["usage"]["prompt_tokens_details"]
-    assert read_completion(reply, SGLANG).cached_tokens is None
+    assert read_completion(reply, STOPPED).cached_tokens is None
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang"])
