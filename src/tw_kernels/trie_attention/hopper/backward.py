@@ -3,7 +3,8 @@
 Layout    q, do: (N, H, D); k, v, dk, dv: (N, Hkv, D); sums: (N, H, D) float32, all as descriptors (launch.py).
           stats: (2, H, W) float32, W = N rounded up to blocks: lse in units of log 2, then delta (passes.py).
 Grid      one program per block of keys and key head, in the order of `_item`.
-Work      the transpose of the plan: partial tiles with the interval test, then full ones; each for the group's heads.
+Work      the transpose of the plan, from the last row back, each tile for the group's heads; partial tiles with the
+          interval test.
           Tiles are transposed (keys down, queries across), so P^T and dS^T enter their products from registers.
 dq        with WITH_DQ each computing group makes half of its columns from the dS of both, and adds it to `sums` by TMA
           reductions, whose order is not fixed: fast, and not bitwise repeatable. Without, dq is another pass.
@@ -26,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tw_kernels.trie_attention.hopper.compat import tma_add, tma_load, tma_store, tma_store_wait
-from tw_kernels.trie_attention.hopper.parts import listed_block, read_int, tile_list, visible, write_int
+from tw_kernels.trie_attention.hopper.parts import read_int, tile_list, visible, write_int
 
 MOST_LONGEST = gl.constexpr(32)  # blocks of a head that may come before their turn
 
@@ -66,27 +67,36 @@ def _load(
     """Load K and V once, then queries, output gradients and their statistics, tile by tile."""
     M: gl.constexpr = BLOCK // 2
     per_block = 2 * group  # tiles
+    BYTES: gl.constexpr = q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma_load(k_desc, [kv_head, block * BLOCK, 0], kv_full, k_smem)
     tma_load(v_desc, [kv_head, block * BLOCK, 0], kv_full, v_smem)
     partial, n_partial, full_tiles, n_full, list_step = tile_list(plan_ptr, block, num_blocks, True)
     width = num_blocks * BLOCK
-    for t in range(0, (n_partial + n_full) * per_block):
-        query_block = listed_block(partial, n_partial, full_tiles, n_full, list_step, t // per_block)
-        head = kv_head * group + t % group
-        first_q = query_block * BLOCK + (t // group % 2) * M
-        stage = t % STAGES
-        bar = full.index(stage)
-        mbarrier.wait(empty.index(stage), ((t // STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes)
-        tma_load(q_desc, [head, first_q, 0], bar, q_smem.index(stage))
-        tma_load(stats_desc, [head * width + first_q], bar, stats_smem.index(2 * stage))
-        tma_load(do_desc, [head, first_q, 0], bar, do_smem.index(stage))
-        tma_load(stats_desc, [(kv_heads * group + head) * width + first_q], bar, stats_smem.index(2 * stage + 1))
-        is_partial = (t < n_partial * per_block).to(gl.int32)
-        write_int(tile_smem, 2 * stage, first_q)
-        write_int(tile_smem, 2 * stage + 1, head * 2 + is_partial)
-        mbarrier.arrive(bar, count=1)
+    taken = 0  # partial tiles
+    step = 0
+    for t in range(0, n_partial + n_full):
+        # Both lists run from the last row back; so do their tiles together, as neighbouring programs' do.
+        last_partial = gl.load(partial - taken, mask=taken < n_partial, other=-1)
+        last_full = gl.load(full_tiles + (t - taken) * list_step, mask=t - taken < n_full, other=-1)
+        query_block = gl.maximum(last_partial, last_full)
+        is_partial = (last_partial > last_full).to(gl.int32)
+        taken += is_partial
+        for part in range(0, per_block):
+            head = kv_head * group + part % group
+            first_q = query_block * BLOCK + (part // group) * M
+            stage = step % STAGES
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, BYTES)
+            tma_load(q_desc, [head, first_q, 0], bar, q_smem.index(stage))
+            tma_load(stats_desc, [head * width + first_q], bar, stats_smem.index(2 * stage))
+            tma_load(do_desc, [head, first_q, 0], bar, do_smem.index(stage))
+            tma_load(stats_desc, [(kv_heads * group + head) * width + first_q], bar, stats_smem.index(2 * stage + 1))
+            write_int(tile_smem, 2 * stage, first_q)
+            write_int(tile_smem, 2 * stage + 1, head * 2 + is_partial)
+            mbarrier.arrive(bar, count=1)
+            step += 1
 
 
 @gluon.jit
