@@ -91,7 +91,8 @@ class Reinforcement:
         steps: Optimizer steps of each; 0 leaves reinforcement learning out.
         prompts: Prompts of a step.
         generations: Responses of a prompt.
-        lr: Learning rate of AdamW.
+        lr: Learning rate of AdamW at the first steps; it falls to 0 at the last.
+        incorrect: Reward of a wrong answer; the published runs use -1.
         rho: Weight of the acceleration; 0 rewards correctness alone.
         eta_max: Acceleration above it earns no more.
         std_normalisation: Ablation: divide advantages by the standard deviation of the group.
@@ -101,6 +102,7 @@ class Reinforcement:
     prompts: int = 8
     generations: int = 4
     lr: float = 7e-4
+    incorrect: float = -1.0
     rho: float = 0.5
     eta_max: float = 0.2
     std_normalisation: bool = False
