@@ -41,7 +41,7 @@ def reports(python: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def check(report: dict[str, Any]) -> None:
     job = report["job"]
     assert report["serialized"] == [], report
-    assert report["wgmma"] >= 40, report
+    assert report["wgmma"] >= 32, report
     assert report["registers"] == 168, report  # a third of the file each, before the groups trade registers
     assert report["shared"] <= SHARED_90, report
     assert report["spill_bytes"] <= SPILLS.get((job["kernel"], job["dim"]), 0), report
