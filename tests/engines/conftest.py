@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.engine)
-            item.add_marker(pytest.mark.timeout(900))  # the first test waits for both servers
+            item.add_marker(pytest.mark.timeout(1200))  # the first test waits for both servers
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.engines.models import CONTEXT
 
 VENV = Path(os.environ.get("ENGINE_VENV", ".venv-engines")).absolute()
-READY_WITHIN_S = float(os.environ.get("ENGINE_READY_S", "240"))
+READY_WITHIN_S = float(os.environ.get("ENGINE_READY_S", "400"))
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",

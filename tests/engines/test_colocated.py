@@ -39,7 +39,7 @@ def served(processes, tmp_path_factory):
     path = f"{ROOT / 'src'}:{ROOT}"
     process = spawn(command, folder / "log", PYTHONPATH=path, PYTHONDONTWRITEBYTECODE="1")
     try:
-        code = process.wait(240)
+        code = process.wait(400)
     finally:
         end(process)
     assert code == 0, tail(folder / "log")
