@@ -13,6 +13,9 @@ that stock pads nothing and its attention takes the causal flash kernels: its be
 fork/join rollouts of two blocks; "units" computes every engine call as a sequence of its own, padding-free, through
 varlen flash attention.
 
+gradient_norm_difference tells gross mistakes only: norms of bfloat16 gradients come in steps of 0.2 to 0.8 percent, and
+a norm is blind to direction. Equality is tested in float32 (tests/recipes/grpo).
+
 flop_ratio counts forward, recomputation and backward of linear layers, attention and head; sharing_efficiency =
 (step_ms of the other / step_ms of trie) / flop_ratio.
 """
