@@ -42,12 +42,19 @@ def test_killed_and_started_again_in_the_middle_of_a_run(processes):
     bench = Bench(case, server, None, load_tokenizer(str(case.folder)), Limits(max_total_tokens=400))
     engine = bench.remote(attempts=200, max_backoff_s=1.0)
     before = bench.decode(engine, bench.prompts, max_calls=4)
+    answered, generate = [], engine.generate
 
+    async def counted(request):
+        answered.append(await generate(request))
+        return answered[-1]
+
+    engine.generate = counted
+    early = sum(len(one.calls) for one in before) // 4
     # The server ends with the thread that started it, so this one starts it.
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(bench.decode, engine, bench.prompts, max_calls=4)
-        time.sleep(0.3)
-        assert not running.done()
+        while len(answered) < early and not running.done():
+            time.sleep(0.001)
         server.stop(kill=True)
         server.start()
         after = running.result(600)

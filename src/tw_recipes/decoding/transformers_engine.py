@@ -139,8 +139,9 @@ class TransformersEngine:
                 eos_token_id=list(request.stop_ids),
                 streaming=request.on_tokens is not None,
             )
-            if accepted is None and not done.done():
-                raise EngineError("continuous batching takes no further request: it is being stopped; send it again")
+            if accepted is None and not done.done():  # it has failed since `_start` looked
+                done.cancel()
+                return await self.generate(request)
             output = await done
         except asyncio.CancelledError:
             manager.cancel_request(name)
@@ -191,7 +192,7 @@ class TransformersEngine:
 
     def _start(self, sampling: Sampling) -> "_Running":
         running = self._running
-        if running is not None and running.dead:
+        if running is not None and running.ending:
             running.stop()
             running = None
         if running is not None and running.sampling != sampling:
@@ -235,7 +236,6 @@ class _Running:
         self.was_training = self.model.training
         self.loop = asyncio.get_running_loop()
         self.pending: set[asyncio.Future[Any]] = set()
-        self.dead = False
         drawn: dict[str, Any] = {}
         if not sampling.greedy:
             drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -264,13 +264,17 @@ class _Running:
             self.undo.close()
             raise
 
+    @property
+    def ending(self) -> bool:
+        """Whether it takes no further request: its loop has failed, or is about to end."""
+        return self.manager.background_thread_status.can_accept_new_requests() is not None
+
     def _ended(self) -> None:
         """In the manager's thread, after its last delivery: nobody must wait for a result that cannot come."""
         with suppress(RuntimeError):  # the event loop is closed: nobody waits
             self.loop.call_soon_threadsafe(self._fail_pending)
 
     def _fail_pending(self) -> None:
-        self.dead = True
         reason = self.manager.background_thread_status.fatal_error or "it was stopped"
         for done in self.pending:
             if not done.done():

@@ -1,7 +1,6 @@
 """Many trajectories at once: kept apart, bounded, streamed, cancelled."""
 
 import asyncio
-import time
 from collections import Counter
 
 import pytest
@@ -43,9 +42,7 @@ def test_thousands_in_flight_keep_apart_and_within_the_bound():
 
 def test_threads_of_a_fork_are_asked_at_once_and_never_see_each_other():
     engine = ScriptedEngine(echo_key, [EOS], latency=(0.05, 0.0))
-    began = time.perf_counter()
     rollout = asyncio.run(decoder(engine).decode([1_000]))
-    assert time.perf_counter() - began < 0.05 * 4
     first, second = (call for call in rollout.calls if call.kind == "thread")
     assert first.started < second.ended
     assert second.started < first.ended
@@ -160,13 +157,14 @@ async def test_cancelling_before_the_first_call_is_answered():
 
 
 async def test_cancelling_the_task_ends_it_without_a_result_and_frees_the_key():
-    fork_join = decoder(ScriptedEngine(echo_key, [EOS], latency=(0.02, 0.0)), max_calls=1)
-    task = asyncio.create_task(fork_join.decode([1_000], "a"))
-    await asyncio.sleep(0.03)
-    task.cancel()
+    engine = ScriptedEngine(echo_key, [EOS])
+    fork_join = decoder(engine, max_calls=1)
+    task = asyncio.create_task(fork_join.decode([1_000], "a", on_event=lambda event: task.cancel()))
     with pytest.raises(asyncio.CancelledError):
         await task
+    engine.latency = (9.0, 0.0)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.03):
             await fork_join.decode([1_000], "a")
+    engine.latency = (0.0, 0.0)
     assert (await fork_join.decode([1_000], "a")).ok

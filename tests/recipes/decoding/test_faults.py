@@ -174,17 +174,19 @@ def test_a_busy_replica_keeps_its_trajectories(serve, tokenizer):
 
 
 def test_a_cancelled_trajectory_leaves_no_call_behind(serve, tokenizer):
-    server = serve(seconds=0.05)
+    server = serve(seconds=0.2)
     engine = engine_of(server, tokenizer)
     decoder = decoder_of(engine, tokenizer)
 
     async def run():
+        before = len(server.calls)
         going = asyncio.create_task(decoder.decode(CONTEXT, "a"))
-        await asyncio.sleep(0.02)
+        while len(server.calls) == before:
+            await asyncio.sleep(0.001)
         assert decoder.cancel("a")
         ended = await going
         after = len(server.calls)
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.3)
         await engine.aclose()
         return ended, after
 

@@ -145,10 +145,10 @@ def test_without_sleep_mode_closing_changes_nothing(vllm):
 def test_a_cancelled_call_is_cancelled_in_vllm(engine):
     async def run():
         task = asyncio.create_task(engine.generate(Request(CONTEXT, (2,), 8, seed=99)))
-        await asyncio.sleep(0.05)
+        while not FakeLLM.made.calls:
+            await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await asyncio.sleep(0.05)
         return task.cancelled()
 
     assert asyncio.run(run())
