@@ -132,7 +132,7 @@ def vocabulary() -> list[str]:
 
 def problem_keys(factors: np.ndarray) -> np.ndarray:
     """A number for each problem, one to one. factors (n, terms, 2), 0..99 -> (n,), uint64."""
-    flat = factors.reshape(len(factors), -1).astype(np.uint64)
+    flat = factors.reshape(len(factors), 2 * factors.shape[1]).astype(np.uint64)
     return (flat * 100 ** np.arange(flat.shape[1], dtype=np.uint64)).sum(axis=1)
 
 

@@ -187,7 +187,10 @@ class _PathByPath(GRPOTrainer):
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("qwen3", {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2, **MOVING}),
+        (
+            "qwen3",
+            {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2, **MOVING, "learning_rate": 0.1},
+        ),
         ("qwen3", {"loss_type": "grpo", "beta": 0.1, "temperature": 0.8, **MOVING}),
         ("gemma3", {"importance_sampling_level": "sequence", "loss_type": "grpo", **MOVING}),
     ],
