@@ -6,7 +6,7 @@ causal from the bottom right, with a window in depth likewise. The gather is wha
 copied once for each segment under it.
 
 On a GPU: flash-attn when it is installed, else torch.nn.attention.varlen. On a CPU, where neither exists, the segments
-run one by one through scaled_dot_product_attention: right, and a loop.
+run through scaled_dot_product_attention, those of one shape together: right, and a loop over shapes.
 Guarded by tests/kernels/test_varlen.py (segments) and test_impls.py.
 """
 
@@ -175,7 +175,7 @@ def varlen_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         v = _GatherRows.apply(v, segments.key_rows, call.deterministic)  # type: ignore[no-untyped-call]
     with torch.autocast(call.q.device.type, enabled=False):
         if call.q.device.type != "cuda":
-            return _one_by_one(call, k, v, segments)
+            return _by_shape(call, k, v, segments)
         return _flash(call, k, v, segments)
 
 
@@ -210,44 +210,42 @@ def _flash(call: AttentionCall, k: Tensor, v: Tensor, segments: Segments) -> tup
     return out[..., :value_dim], lse
 
 
-def _one_by_one(call: AttentionCall, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor | None]:
-    """Each segment through SDPA with its own bottom-right causal mask."""
-    query_at, key_at = segments.cu_queries.tolist(), segments.cu_keys.tolist()
-    outs, lses = [], []
-    for i in range(len(query_at) - 1):
-        # (L, H, D) -> (H, L, D)
-        q_s = call.q[query_at[i] : query_at[i + 1]].transpose(0, 1)
-        k_s, v_s = (x[key_at[i] : key_at[i + 1]].transpose(0, 1) for x in (k, v))
-        behind = k_s.shape[1] - q_s.shape[1]  # keys before the segment's first row
+def _by_shape(call: AttentionCall, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor | None]:
+    """SDPA with the bottom-right causal mask, one call for all segments with as many queries and as many keys."""
+    lengths = segments.cu_queries.diff().tolist(), segments.cu_keys.diff().tolist()
+    # One split each: the gradient of a slice would be as large as all rows.
+    q_parts, k_parts, v_parts = (torch.split(x, lengths[i]) for x, i in ((call.q, 0), (k, 1), (v, 1)))
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for place, shape in enumerate(zip(*lengths, strict=True)):
+        shapes.setdefault(shape, []).append(place)
+    outs: dict[int, Tensor] = {}
+    lses: dict[int, Tensor] = {}
+    for (queries, keys), places in shapes.items():
+        # G x (L, H, D) -> (G, H, L, D)
+        q_s, k_s, v_s = (torch.stack([x[i] for i in places]).transpose(1, 2) for x in (q_parts, k_parts, v_parts))
+        behind = keys - queries  # keys before the segment's first row
         mask = None
         if behind or call.window is not None:
-            mask = torch.ones(q_s.shape[1], k_s.shape[1], dtype=torch.bool, device=q_s.device).tril(behind)
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q_s.device).tril(behind)
             if call.window is not None:
                 mask = mask.triu(behind - call.window + 1)
-        outs.append(
-            scaled_dot_product_attention(
-                q_s[None],
-                k_s[None],
-                v_s[None],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=call.scale,
-                enable_gqa=call.group > 1,
-            )[0]
+        out = scaled_dot_product_attention(
+            q_s, k_s, v_s, attn_mask=mask, is_causal=mask is None, scale=call.scale, enable_gqa=call.group > 1
         )
+        outs.update(zip(places, out.transpose(1, 2), strict=True))
         if call.with_lse:
-            lses.append(_segment_lse(call, q_s, k_s, mask))
-    out = torch.cat(outs, dim=1).transpose(0, 1)
-    return out, torch.cat(lses, dim=1) if lses else None
+            lses.update(zip(places, _lse_of(call, q_s, k_s, mask), strict=True))
+    order = range(len(q_parts))
+    return torch.cat([outs[i] for i in order]), torch.cat([lses[i] for i in order], dim=1) if lses else None
 
 
 @torch.no_grad()
-def _segment_lse(call: AttentionCall, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """(H, L) lse of one segment, in float32 or float64."""
+def _lse_of(call: AttentionCall, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """(G, H, L) lse of segments of one shape, in float32 or float64."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    logits = q.to(dtype) @ k.to(dtype).repeat_interleave(call.group, dim=0).mT * call.scale
+    logits = q.to(dtype) @ k.to(dtype).repeat_interleave(call.group, dim=1).mT * call.scale
     if mask is None:
-        mask = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(logits.shape[2:], dtype=torch.bool, device=q.device).tril()
     return logits.masked_fill_(~mask, float("-inf")).logsumexp(dim=-1)
 
 

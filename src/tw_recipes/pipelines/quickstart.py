@@ -129,7 +129,7 @@ def quickstart(
                 data["test"],
                 task.grader(),
                 fork=fork,
-                single=min(20 if steps >= SHORT_RUN else 2, problems),
+                single=min(10 if steps >= SHORT_RUN else 2, problems),
                 max_total_tokens=longest + 32,
                 max_thread_tokens=longest // 3,
                 on_done=on_done,

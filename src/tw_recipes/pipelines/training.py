@@ -110,7 +110,7 @@ def train(
     kwargs["callbacks"] += [checkpoints] if checkpoints is not None else []
     with _quiet_datasets(), contextlib.redirect_stdout(None):
         if tries:
-            # Short segments, many of them: on a CPU one by one is faster than the mask over the whole forest.
+            # On a CPU segment by segment is many times faster than the mask over the whole forest.
             impl = "varlen" if on_cpu else "auto"
             args = TrieSFTConfig(**options, pack_samples=False, attention_impl=impl)
             trainer: SFTTrainer = TrieSFTTrainer(model, args, train_dataset=Dataset.from_list(list(rows)), **kwargs)
