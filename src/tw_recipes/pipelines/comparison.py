@@ -1,7 +1,7 @@
 """Two models on the same held-out problems: accuracy, tokens, critical path, wall clock, and what fork/join gains.
 
-The sequential model is decoded by the same decoder with forking off, on an engine whose tokens do not depend on a clock.
-Correctness is read from the response alone.
+The sequential model is decoded by the same decoder with forking off, and no result depends on a clock. Correctness is
+read from the response alone.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from tw_core import TagIds, check_ids
 from tw_recipes.decoding.decoder import ForkJoinDecoder
 from tw_recipes.decoding.engine import GREEDY
 from tw_recipes.decoding.limits import Limits
-from tw_recipes.decoding.rollout import Rollout
 from tw_recipes.decoding.lockstep_engine import LockstepEngine
+from tw_recipes.decoding.rollout import Rollout
 
 # Engine calls in flight: 200 problems took 7.0 s with 64, 14.2 s all at once (two threads, tiny model).
 CALLS_IN_FLIGHT = 64
