@@ -2,14 +2,17 @@
 
 Each entry of `RUNS` prepares a `Run` for one trie: everything that a training step would prepare once per batch is done
 there (plans, gathered sequences), so that `forward` is what a layer does. `Judge` holds exact values on sampled rows.
+`cudnn_equal_chain` is a yardstick: cuDNN on one causal chain with as many visible pairs as the trie has.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from tests.support import attention_inputs
 from tests.support.attention_inputs import TrieShape
 from torch import Tensor
 
@@ -45,12 +48,14 @@ class Run:
         leaves: q, k and v as this implementation wants them; they require a gradient.
         grad_out: Gradient of the output, in the output's layout.
         rows: Row of the trie of each entry along dimension 0 of the output and the leaves; None when they are the rows.
+        forward_flop: Where it computes something else than the trie: FLOPs of its forward. It cannot be judged then.
     """
 
     forward: Callable[[], Tensor]
     leaves: tuple[Tensor, Tensor, Tensor]
     grad_out: Tensor
     rows: Tensor | None = None
+    forward_flop: float | None = None
 
 
 def make_inputs(trie: TrieShape, device: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Inputs:
@@ -155,6 +160,18 @@ def _expanded_sdpa(inputs: Inputs, backend: object) -> Run:
     return Run(forward, (q, k, v), grad_out, rows)
 
 
+def equal_chain(prepare: Callable[[Inputs], Run]) -> Callable[[Inputs], Run]:
+    """`prepare` on a causal chain of equal FLOPs: N (N + 1) / 2 is the trie's visible pairs, N rounded to 128."""
+
+    def prepare_chain(inputs: Inputs) -> Run:
+        rows = max(1, round(math.sqrt(2 * inputs.trie.visible_pairs) / 128)) * 128
+        sizes = (inputs.q.shape[1], inputs.k.shape[1], inputs.q.shape[2])
+        chain = make_inputs(attention_inputs.chain(rows), inputs.q.device.type, *sizes, inputs.q.dtype)
+        return replace(prepare(chain), rows=None, forward_flop=chain.forward_flop)
+
+    return prepare_chain
+
+
 RUNS: dict[str, Callable[[Inputs], Run]] = {
     "hopper": packed("hopper"),
     "hopper_deterministic": packed("hopper", deterministic=True),
@@ -164,8 +181,10 @@ RUNS: dict[str, Callable[[Inputs], Run]] = {
     "varlen": packed("varlen"),
     "expanded_flash": expanded_flash,
     "expanded_cudnn": expanded_cudnn,
+    "cudnn_equal_chain": equal_chain(expanded_cudnn),
     "flex_dense_mask": flex_dense_mask,
     "expanded_sdpa": expanded_sdpa,
+    "sdpa_equal_chain": equal_chain(expanded_sdpa),
     "dense": packed("dense"),
     "reference": packed("reference"),
 }

@@ -1,19 +1,21 @@
 """Forward and backward of trie attention beside what a user would otherwise run.
 
-    python -m benchmarks.bench_trie_attention                     the tables' tries on the GPU, about four minutes
+    python -m benchmarks.bench_trie_attention                     the tables' tries on the GPU
     python -m benchmarks.bench_trie_attention --cases sft_32k --impls triton,flex --rounds 20
+    python -m benchmarks.bench_trie_attention --parts first_call --merge FILE --out FILE
     python -m benchmarks.bench_trie_attention --cpu               small tries on the CPU
 
 One process; all implementations of a case are prepared, warmed up and judged against exact values, then timed in
 interleaved rounds with device events; medians are reported. A failing implementation is reported with its error and the
-others go on. The JSON is written after every case, tables come last.
+others go on. The JSON, ratios included, is written after every case; tables come last.
 
 Metrics: fwd_ms, bwd_ms; fwd_tflops, bwd_tflops on the pairs visible in the trie (4 pairs D H, backward 2.5 times that;
-for the expanded runs too: useful work); total_ms, wall time of planning + forward + backward on a trie not seen before;
-plan_ms; peak_mib above the inputs; out_error, grad_error (max |difference| / max |exact|); fwd_vs_flex, bwd_vs_flex,
-total_vs_flex, fwd_bwd_vs_expanded_cudnn (their time over ours); fwd_vs_cudnn_chain, bwd_vs_cudnn_chain (our rate over
-cuDNN's on chain_16k); first_call_s (fresh process, empty caches); new_length_ms (a call at a new length less one at a
-length seen before).
+for the expanded runs too: useful work; for the equal chain on its own); total_ms, wall time of planning + forward +
+backward on a trie not seen before; plan_ms; peak_mib above the inputs; out_error, grad_error (max |difference| /
+max |exact|); fwd_vs_flex, bwd_vs_flex, total_vs_flex, fwd_bwd_vs_expanded_cudnn (their time over ours);
+fwd_vs_equal_chain, bwd_vs_equal_chain (our rate over cuDNN's on a causal chain of equal FLOPs); first_call_s (fresh
+process, empty caches); new_length_ms (a call at a new length less one at a length seen before). A ratio whose sides
+were measured by two runs is named in meta's "ratios_across_runs".
 """
 
 from __future__ import annotations
@@ -29,14 +31,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from benchmarks.attention_runs import RUNS, Inputs, Judge, Run, make_inputs, planners
-from benchmarks.records import write_records
+from benchmarks.records import device_slug, merge_records, read_results, write_records
 from tests.support import attention_inputs
 from tests.support.attention_inputs import TrieShape
 
@@ -45,18 +48,17 @@ CASES = [
     *("sft_3k", "short_64x1k", "chain_8k", "sft_64k", "chain_128k"),
 ]
 CPU_CASES = ["tiny", "sft_800", "sft_3k"]
-CPU_IMPLS = ["dense", "varlen", "reference", "expanded_sdpa"]
+CPU_IMPLS = ["dense", "varlen", "reference", "expanded_sdpa", "sdpa_equal_chain"]
 IMPLS = ["hopper", "hopper_deterministic", "triton", "triton_deterministic", "flex", "varlen"]
-IMPLS += ["expanded_flash", "expanded_cudnn", "flex_dense_mask"]
+IMPLS += ["expanded_flash", "expanded_cudnn", "cudnn_equal_chain", "flex_dense_mask"]
 PLANNED = ("hopper", "triton", "flex", "varlen")
-# What is not worth its time or does not fit: (N, N) masks of long tries, the gathered copies of varlen at 128k.
+COMPILED = ("hopper", "triton", "flex")
+PARTS = ["cases", "new_length", "first_call"]
+# What is not worth its time or does not fit: the (N, N) mask of 128k rows takes 16 GiB and its temporaries.
 SKIPPED = {
-    "flex_dense_mask": {"grpo_forkjoin_59k", "short_64x1k", "sft_64k", "chain_128k", "chain_8k", "chain_16k", "sft_3k"},
+    "flex_dense_mask": {"chain_128k"},
     "hopper_deterministic": {"chain_8k", "sft_64k"},
     "triton_deterministic": {"chain_8k", "sft_64k"},
-    "varlen": {"sft_64k"},
-    "expanded_flash": {"sft_64k"},
-    "expanded_cudnn": {"sft_64k"},
 }
 REPEATED_ROUND_SECONDS = 3.0  # device time that one implementation may spend on the rounds of one case
 
@@ -67,15 +69,13 @@ class Bench:
 
     args: argparse.Namespace
     device: str
-    records: list[dict[str, object]] = field(default_factory=list)
-    values: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     earlier: dict[str, Any] | None = None
 
     def add(self, case: str, impl: str, metric: str, value: float, unit: str) -> None:
         """Keep one figure."""
         self.records.append({"case": case, "impl": impl, "metric": metric, "value": value, "unit": unit})
-        self.values[case, impl, metric] = value
 
     @contextmanager
     def guard(self, case: str, impl: str, step: str) -> Iterator[None]:
@@ -83,17 +83,32 @@ class Bench:
         try:
             yield
         except Exception as error:
-            self.failures.append(f"{case} {impl} {step}: {type(error).__name__}: {str(error).splitlines()[0][:300]}")
+            message = next(iter(str(error).splitlines()), "")[:300]
+            self.failures.append(f"{case} {impl} {step}: {type(error).__name__}: {message}")
             print(f"FAILED {self.failures[-1]}", flush=True)
             if self.args.verbose:
                 traceback.print_exc()
             free_memory()
 
-    def write(self) -> None:
-        """Write everything measured so far."""
-        if self.args.out:
-            command = "python -m benchmarks.bench_trie_attention " + " ".join(sys.argv[1:])
-            write_records(Path(self.args.out), self.records, command=command.strip(), seed=0, merge=self.earlier)
+    def write(self) -> list[dict[str, Any]]:
+        """Write everything measured so far, earlier results and ratios included; returns the records."""
+        if not self.records:
+            return []
+        rows = merge_records(self.earlier, self.records)
+        added, across = ratios(rows, {(row["case"], row["impl"]) for row in self.records})
+        rows += added
+        command = "python -m benchmarks.bench_trie_attention " + " ".join(sys.argv[1:])
+        notes = {"ratios_across_runs": across} if across else None
+        write_records(
+            Path(self.args.out),
+            rows,
+            command=command.strip(),
+            seed=0,
+            device=self.device,
+            merge=self.earlier,
+            notes=notes,
+        )
+        return rows
 
 
 def synchronize() -> None:
@@ -157,6 +172,7 @@ def bench_case(bench: Bench, trie: TrieShape, heads: tuple[int, int, int], dtype
         judge = Judge(inputs)
     free_memory()
     runs: dict[str, Run] = {}
+    checked: dict[str, list[tuple[str, float, str]]] = {}
     for impl in bench.args.impls:
         if case in SKIPPED.get(impl, ()) and not bench.args.all:
             continue
@@ -164,13 +180,14 @@ def bench_case(bench: Bench, trie: TrieShape, heads: tuple[int, int, int], dtype
             run = RUNS[impl](inputs)
             for _ in range(2):
                 forward_backward(run)
-            if judge is not None:
+            figures: list[tuple[str, float, str]] = []
+            if judge is not None and run.forward_flop is None:
                 errors = judge.errors(run)
-                bench.add(case, impl, "out_error", errors["out"], "1")
-                bench.add(case, impl, "grad_error", max(errors[name] for name in ("dq", "dk", "dv")), "1")
+                figures.append(("out_error", errors["out"], "1"))
+                figures.append(("grad_error", max(errors[name] for name in ("dq", "dk", "dv")), "1"))
             if torch.cuda.is_available():
-                bench.add(case, impl, "peak_mib", peak_mib(run), "MiB")
-            runs[impl] = run
+                figures.append(("peak_mib", peak_mib(run), "MiB"))
+            runs[impl], checked[impl] = run, figures
     del judge
     free_memory()
     times: dict[str, list[tuple[float, float]]] = {impl: [] for impl in runs}
@@ -182,33 +199,47 @@ def bench_case(bench: Bench, trie: TrieShape, heads: tuple[int, int, int], dtype
                 times[impl].append(forward_backward(run))
     for impl, pairs in times.items():
         if pairs:
-            record_times(bench, inputs, case, impl, pairs)
-    for impl in [impl for impl in runs if impl in PLANNED]:
-        with bench.guard(case, impl, "plan and total"):
-            bench_planning(bench, inputs, case, impl)
+            for figure in checked[impl]:
+                bench.add(case, impl, *figure)
+            record_times(bench, case, impl, runs[impl].forward_flop or inputs.forward_flop, pairs)
+    bench_planning(bench, inputs, [impl for impl in runs if impl in PLANNED])
 
 
-def record_times(bench: Bench, inputs: Inputs, case: str, impl: str, pairs: list[tuple[float, float]]) -> None:
+def record_times(bench: Bench, case: str, impl: str, flop: float, pairs: list[tuple[float, float]]) -> None:
     forward, backward = (median(times) for times in zip(*pairs, strict=True))
     bench.add(case, impl, "fwd_ms", forward, "ms")
     bench.add(case, impl, "bwd_ms", backward, "ms")
-    bench.add(case, impl, "fwd_tflops", inputs.forward_flop / forward / 1e9, "TFLOP/s")
-    bench.add(case, impl, "bwd_tflops", 2.5 * inputs.forward_flop / backward / 1e9, "TFLOP/s")
+    bench.add(case, impl, "fwd_tflops", flop / forward / 1e9, "TFLOP/s")
+    bench.add(case, impl, "bwd_tflops", 2.5 * flop / backward / 1e9, "TFLOP/s")
 
 
-def bench_planning(bench: Bench, inputs: Inputs, case: str, impl: str) -> None:
-    """Planning alone, and planning + forward + backward on a subtree_end tensor that is new each time."""
-    plan = planners()[impl]
+def bench_planning(bench: Bench, inputs: Inputs, impls: list[str]) -> None:
+    """Planning alone; then planning + forward + backward on a new subtree_end tensor, in interleaved rounds."""
+    case = inputs.trie.name
     rounds = max(3, min(bench.args.rounds, 7))
-    bench.add(case, impl, "plan_ms", median(wall_ms(lambda: plan(inputs.end.clone())) for _ in range(rounds)), "ms")
 
-    def whole() -> None:
-        fresh = Inputs(inputs.trie, inputs.q, inputs.k, inputs.v, inputs.grad_out, inputs.end.clone())
-        run = RUNS[impl](fresh)
+    def plan(impl: str) -> None:
+        planners()[impl](inputs.end.clone())
+
+    def whole(impl: str) -> None:
+        run = RUNS[impl](replace(inputs, end=inputs.end.clone()))
         torch.autograd.grad(run.forward(), run.leaves, run.grad_out)
 
-    whole()
-    bench.add(case, impl, "total_ms", median(wall_ms(whole) for _ in range(rounds)), "ms")
+    totals: dict[str, list[float]] = {}
+    for impl in impls:
+        with bench.guard(case, impl, "plan"):
+            bench.add(case, impl, "plan_ms", median(wall_ms(partial(plan, impl)) for _ in range(rounds)), "ms")
+            whole(impl)
+            totals[impl] = []
+    for _ in range(rounds):
+        for impl, times in totals.items():
+            if sum(times) > REPEATED_ROUND_SECONDS * 1e3:
+                continue
+            with bench.guard(case, impl, "total"):
+                times.append(wall_ms(partial(whole, impl)))
+    for impl, times in totals.items():
+        if times:
+            bench.add(case, impl, "total_ms", median(times), "ms")
 
 
 def bench_new_lengths(bench: Bench, impl: str, heads: tuple[int, int, int], dtype: torch.dtype, base: int) -> None:
@@ -236,15 +267,16 @@ def bench_new_lengths(bench: Bench, impl: str, heads: tuple[int, int, int], dtyp
 
 def bench_first_calls(bench: Bench) -> None:
     """Seconds from the first call to its gradients, compilation included, in a fresh process with empty caches."""
-    for impl in [impl for impl in ("triton", "flex") if impl in bench.args.impls]:
+    for impl in [impl for impl in COMPILED if impl in bench.args.impls]:
         with bench.guard("first_call", impl, "fresh process"), tempfile.TemporaryDirectory() as cache:
             caches = {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
             command = [sys.executable, "-m", "benchmarks.bench_trie_attention", "--first-call", impl]
             command += ["--cpu"] * bench.args.cpu
             done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, timeout=150)
             if done.returncode:
-                raise RuntimeError(done.stderr.strip().splitlines()[-1])
+                raise RuntimeError(next(reversed(done.stderr.strip().splitlines()), f"status {done.returncode}"))
             bench.add("first_call", impl, "first_call_s", float(done.stdout.strip().splitlines()[-1]), "s")
+        bench.write()
 
 
 def first_call(impl: str, device: str, heads: tuple[int, int, int], dtype: torch.dtype, case: str) -> float:
@@ -258,33 +290,41 @@ def first_call(impl: str, device: str, heads: tuple[int, int, int], dtype: torch
     return time.perf_counter() - start
 
 
-def add_ratios(bench: Bench) -> None:
-    """Ratios of what was measured."""
-    value = bench.values.get
-    cases = list(dict.fromkeys(case for case, _, metric in bench.values if metric == "fwd_ms"))
-    for case in cases:
-        for impl in bench.args.impls:
-            ours = {m: value((case, impl, m)) for m in ("fwd_ms", "bwd_ms", "total_ms", "fwd_tflops", "bwd_tflops")}
-            for metric in ("fwd", "bwd", "total"):
-                theirs, mine = value((case, "flex", f"{metric}_ms")), ours[f"{metric}_ms"]
-                if theirs and mine and impl != "flex":
-                    bench.add(case, impl, f"{metric}_vs_flex", theirs / mine, "1")
-            for metric in ("fwd", "bwd"):
-                rate, mine = value(("chain_16k", "expanded_cudnn", f"{metric}_tflops")), ours[f"{metric}_tflops"]
-                if rate and mine:
-                    bench.add(case, impl, f"{metric}_vs_cudnn_chain", mine / rate, "1")
-            theirs = [value((case, "expanded_cudnn", m)) for m in ("fwd_ms", "bwd_ms")]
-            if all(theirs) and ours["fwd_ms"] and ours["bwd_ms"] and impl != "expanded_cudnn":
-                ratio = sum(theirs) / (ours["fwd_ms"] + ours["bwd_ms"])
-                bench.add(case, impl, "fwd_bwd_vs_expanded_cudnn", ratio, "1")
+def ratios(records: list[dict[str, Any]], own: set[tuple[str, str]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Ratios that `records` lack, and the names of those with one side alone among the pairs `own` of this run.
+
+    A ratio that stands among the records stays: its sides were measured in the same rounds.
+    """
+    value = {(row["case"], row["impl"], row["metric"]): row["value"] for row in records}
+    for case, impl in [(case, impl) for case, impl, metric in value if metric == "fwd_ms"]:
+        value[case, impl, "fwd_bwd_ms"] = value[case, impl, "fwd_ms"] + value[case, impl, "bwd_ms"]
+    sides = [(f"{part}_vs_flex", "flex", f"{part}_ms") for part in ("fwd", "bwd", "total")]
+    sides += [("fwd_bwd_vs_expanded_cudnn", "expanded_cudnn", "fwd_bwd_ms")]
+    sides += [(f"{part}_vs_equal_chain", "cudnn_equal_chain", f"{part}_tflops") for part in ("fwd", "bwd")]
+    added, across = [], []
+    for case, impl, measured in list(value):
+        for metric, other, of in sides:
+            theirs = value.get((case, other, of))
+            apart = impl == other or impl.endswith("equal_chain") or (case, impl, metric) in value
+            if measured != of or theirs is None or apart:
+                continue
+            ours = value[case, impl, of]
+            ratio = ours / theirs if of.endswith("_tflops") else theirs / ours
+            added.append({"case": case, "impl": impl, "metric": metric, "value": ratio, "unit": "1"})
+            if ((case, impl) in own) != ((case, other) in own):
+                across.append(f"{case} {impl} {metric}")
+    return added, across
 
 
-def print_tables(bench: Bench) -> None:
-    cases = list(dict.fromkeys(case for case, _, metric in bench.values if metric == "fwd_ms"))
-    impls = [impl for impl in bench.args.impls if any((case, impl, "fwd_ms") in bench.values for case in cases)]
+def print_tables(bench: Bench, records: list[dict[str, Any]]) -> None:
+    """What this run measured, from the records of its results file."""
+    own = {(row["case"], row["impl"]) for row in bench.records}
+    values = {(r["case"], r["impl"], r["metric"]): r["value"] for r in records if (r["case"], r["impl"]) in own}
+    cases = list(dict.fromkeys(case for case, _, metric in values if metric == "fwd_ms"))
+    impls = [impl for impl in bench.args.impls if any((case, impl, "fwd_ms") in values for case in cases)]
 
     def cell(case: str, impl: str, metrics: tuple[str, ...], digits: int) -> str:
-        found = [bench.values.get((case, impl, m)) for m in metrics]
+        found = [values.get((case, impl, m)) for m in metrics]
         return ", ".join("-" if x is None else f"{x:.{digits}f}" for x in found) if any(found) else ""
 
     tables: list[tuple[str, tuple[str, ...], int]] = [
@@ -292,6 +332,7 @@ def print_tables(bench: Bench) -> None:
         ("fwd, bwd TFLOP/s", ("fwd_tflops", "bwd_tflops"), 0),
         ("flex / ours: fwd, bwd, total with planning", ("fwd_vs_flex", "bwd_vs_flex", "total_vs_flex"), 2),
         ("expanded cuDNN / ours, fwd + bwd", ("fwd_bwd_vs_expanded_cudnn",), 2),
+        ("our rate / cuDNN's on an equal chain", ("fwd_vs_equal_chain", "bwd_vs_equal_chain"), 2),
         ("plan, total ms", ("plan_ms", "total_ms"), 2),
         ("out, grad error", ("out_error", "grad_error"), 5),
         ("peak MiB", ("peak_mib",), 0),
@@ -301,7 +342,7 @@ def print_tables(bench: Bench) -> None:
         for case in cases:
             cells = [cell(case, impl, metrics, digits).ljust(20) for impl in impls]
             print(" | ".join([case.ljust(18), *cells]))
-    for (case, impl, metric), value in bench.values.items():
+    for (case, impl, metric), value in values.items():
         if metric in ("first_call_s", "new_length_ms", "repeated_length_ms"):
             print(f"{case} {impl} {metric} {value:.3f}")
     for failure in bench.failures:
@@ -320,8 +361,7 @@ def main() -> int:
     parser.add_argument("--merge", default="", help="results file to add to: other (case, impl) pairs of it are kept")
     parser.add_argument("--all", action="store_true", help="also what SKIPPED leaves out")
     parser.add_argument("--cpu", action="store_true", help="small tries on the CPU, float32, fewer heads")
-    parser.add_argument("--no-first-call", action="store_true", help="leave out the fresh processes")
-    parser.add_argument("--cases-only", action="store_true", help="leave out new lengths and the fresh processes")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; first_call: fresh processes")
     parser.add_argument("--first-call", default="", help=argparse.SUPPRESS)
     parser.add_argument("--verbose", action="store_true", help="print whole tracebacks")
     args = parser.parse_args()
@@ -333,28 +373,27 @@ def main() -> int:
         print(first_call(args.first_call, device, heads, dtype, "tiny" if args.cpu else "sft_32k"))
         return 0
     args.impls = args.impls.split(",") if args.impls else CPU_IMPLS if args.cpu else IMPLS
-    cases = args.cases.split(",") if args.cases else CPU_CASES if args.cpu else CASES
-    if not args.out:
-        name = "cpu" if args.cpu else torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
-        args.out = f"benchmarks/results/trie_attention-{name}.json"
-    bench = Bench(args, device)
-    if args.merge:
-        bench.earlier = json.loads(Path(args.merge).read_text())
+    parts, cases = args.parts.split(","), args.cases.split(",") if args.cases else CPU_CASES if args.cpu else CASES
+    if unknown := {*parts} - {*PARTS} or {*args.impls} - {*RUNS}:
+        parser.error(f"unknown {', '.join(sorted(unknown))}; --parts are {', '.join(PARTS)}, --impls {', '.join(RUNS)}")
+    args.out = args.out or f"benchmarks/results/trie_attention-{device_slug(device)}.json"
+    bench = Bench(args, device, earlier=read_results(args.merge))
+    # The mask of flex_dense_mask is a new closure for every case: more compilations of one function than torch expects.
+    torch._dynamo.config.recompile_limit = 64
     started = time.perf_counter()
-    for case in cases:
+    for case in cases if "cases" in parts else ():
         with bench.guard(case, "all", "case"):
             bench_case(bench, getattr(attention_inputs, case)(), heads, dtype)
         free_memory()
         bench.write()
         print(f"{case} done after {time.perf_counter() - started:.0f} s", flush=True)
-    for impl in [impl for impl in ("triton", "flex") if impl in args.impls and not args.cases_only]:
+    for impl in [impl for impl in COMPILED if impl in args.impls and "new_length" in parts]:
         with bench.guard("new_length", impl, "new lengths"):
             bench_new_lengths(bench, impl, heads, dtype, 40 if args.cpu else 3000)
-    if not args.no_first_call and not args.cases_only:
+        bench.write()
+    if "first_call" in parts:
         bench_first_calls(bench)
-    add_ratios(bench)
-    bench.write()
-    print_tables(bench)
+    print_tables(bench, bench.write())
     print(json.dumps({"seconds": round(time.perf_counter() - started), "failures": len(bench.failures)}))
     return 0
 

@@ -29,8 +29,9 @@ def write_records(
     seed: int,
     device: str | None = None,
     merge: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write one results file and return its path.
+    """Write one results file, replacing an old one as a whole, and return its path.
 
     Args:
         bench: Name of the benchmark, for benchmarks/results/<bench>-<device>.json; or the path of a .json file.
@@ -40,6 +41,7 @@ def write_records(
         device: "cpu" or "cuda", what was measured. Defaults to "cuda" where there is one.
         merge: Content of an earlier results file: what it says on other (case, impl) pairs is kept, its meta goes to
             "earlier".
+        notes: More for `meta`: what was measured and how, in the benchmark's own words.
 
     Raises:
         ValueError: No record, a record with other fields, or a value that is not a finite number.
@@ -53,16 +55,29 @@ def write_records(
         if not math.isfinite(row["value"]):
             raise ValueError(f"records[{i}] has the value {row['value']}; leave out what was not measured")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    about = meta(command, seed, device)
+    about = meta(command, seed, device) | dict(notes or {})
     if merge is not None:
-        anew = {(row["case"], row["impl"]) for row in rows}
-        rows = [row for row in merge["records"] if (row["case"], row["impl"]) not in anew] + rows
+        rows = merge_records(merge, rows)
         before = {name: value for name, value in merge["meta"].items() if name != "earlier"}
         about["earlier"] = [*merge["meta"].get("earlier", []), before]
     path = Path(bench) if str(bench).endswith(".json") else RESULTS / f"{bench}-{device_slug(device)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"meta": about, "records": rows}, indent=1) + "\n")
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"meta": about, "records": rows}, indent=1) + "\n")
+    unfinished.replace(path)
     return path
+
+
+def read_results(path: str | Path | None) -> dict[str, Any] | None:
+    """Content of an earlier results file, for `merge`; None stays None."""
+    return json.loads(Path(path).read_text()) if path else None
+
+
+def merge_records(earlier: Mapping[str, Any] | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of an earlier results file on other (case, impl) pairs, then `rows`."""
+    anew = {(row["case"], row["impl"]) for row in rows}
+    kept = earlier["records"] if earlier else []
+    return [row for row in kept if (row["case"], row["impl"]) not in anew] + rows
 
 
 def meta(command: str, seed: int, device: str) -> dict[str, Any]:

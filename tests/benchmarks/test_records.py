@@ -36,6 +36,21 @@ def test_merging_replaces_whole_pairs_of_case_and_impl(tmp_path):
     assert "earlier" not in found["meta"]["earlier"][1]
 
 
+def test_notes_join_the_meta_and_a_failed_write_leaves_the_file(tmp_path, monkeypatch):
+    path = write_records(tmp_path / "x.json", [record("a", "b", 1.0)], command="", seed=0, device="cpu", notes={"n": 1})
+    before = path.read_text()
+    assert json.loads(before)["meta"]["n"] == 1
+
+    def cut(self, text):
+        self.write_bytes(text[:20].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.write_text", cut)
+    with pytest.raises(KeyboardInterrupt):
+        write_records(path, [record("a", "b", 2.0)], command="", seed=0, device="cpu")
+    assert path.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
