@@ -126,7 +126,7 @@ class TransformersEngine:
                 manager.cancel_request(name)
                 done.set_exception(problem)
             else:
-                if output.is_finished():
+                if output.is_finished() and not done.done():  # `on_tokens` may have cancelled it
                     done.set_result(output)
 
         manager.register_result_handler(name, deliver)

@@ -83,9 +83,19 @@ class VLLMEngine:
             EngineError: The context holds ids outside the vocabulary or is too long, or vLLM lost the call.
         """
         self._validate(request)
-        loop, told = asyncio.get_running_loop(), request.on_tokens
-        tell = None if told is None else lambda ids: loop.call_soon_threadsafe(told, ids)
+        loop, raised = asyncio.get_running_loop(), list[Exception]()
+
+        def deliver(ids: list[int]) -> None:
+            try:
+                if request.on_tokens is not None and not raised:
+                    request.on_tokens(ids)
+            except Exception as problem:  # the caller's: it must end this call, not be lost in the event loop
+                raised.append(problem)
+
+        tell = None if request.on_tokens is None else lambda ids: loop.call_soon_threadsafe(deliver, ids)
         output, ids, logprobs = await self._there(self._run(request, tell))
+        if raised:
+            raise raised[0]
         if output.outputs[0].finish_reason not in ("stop", "length"):
             raise EngineError(f"vLLM ended the call with {output.outputs[0].finish_reason!r}")
         cached = output.num_cached_tokens or 0

@@ -4,7 +4,7 @@
 
 Everything happens in the event loop, without a thread or a clock: the same calls form the same waves.
 
-Tests: tests/recipes/decoding/test_lockstep_engine.py, tests/recipes/grpo/test_pgrpo_vllm.py.
+Tests: tests/recipes/decoding/test_waves.py, test_lockstep_engine.py, tests/recipes/grpo/test_pgrpo_vllm.py.
 """
 
 import asyncio
@@ -100,7 +100,10 @@ class WaveEngine:
                     future.set_exception(EngineError(reason))
             return
         for (request, future), completion in zip(wave, found, strict=True):
-            if not future.done():
-                if request.on_tokens is not None:
+            try:
+                if request.on_tokens is not None and not future.done():
                     request.on_tokens(completion.ids.tolist())
+            except Exception as problem:  # the caller's: it ends this call, and the others of the wave go on
+                future.set_exception(problem)
+            if not future.done():  # `on_tokens` may have cancelled it
                 future.set_result(completion)

@@ -112,6 +112,19 @@ def test_a_call_and_what_vllm_is_asked(engine):
     assert asyncio.run(engine.generate(Request(CONTEXT, (2,), 3))).finish == "length"
 
 
+def test_what_a_listener_raises_reaches_the_caller(engine):
+    """It was raised in a callback of the event loop, which logs it, and the call went on as if nothing had happened."""
+    told = []
+
+    def listener(ids):
+        told.append(ids)
+        raise RuntimeError("no display")
+
+    with pytest.raises(RuntimeError, match="no display"):
+        asyncio.run(engine.generate(Request(CONTEXT, (2,), 8, on_tokens=listener)))
+    assert told == [[7, 8]]
+
+
 def test_it_sleeps_between_rounds_and_takes_weights(engine):
     request = Request(CONTEXT, (2,), 8)
 
