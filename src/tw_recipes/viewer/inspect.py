@@ -19,7 +19,7 @@ from rich.text import Text
 
 from tw_core import TagIds, parse
 from tw_core.errors import ThreadWeaverError
-from tw_core.grammar import Element
+from tw_core.grammar import Element, Thread
 from tw_recipes.data import BadRow
 from tw_recipes.viewer.drawing import draw_trie
 from tw_recipes.viewer.entries import Entry, read_entries
@@ -124,7 +124,7 @@ def one(entry: Entry, found: Measures, tokenizer: Any = None, width: int = 100) 
     if entry.text is not None:
         unit = "characters" if tokenizer is None else "tokens"
         blocks = Table("block", "thread", unit, "outline", title="blocks", title_justify="left")
-        for row in _threads(parse(entry.text), "", tokenizer):
+        for row in _threads(parse(entry.text), tokenizer):
             blocks.add_row(*map(Text, row))
         if blocks.row_count:
             parts.append(blocks)
@@ -138,17 +138,24 @@ def one(entry: Entry, found: Measures, tokenizer: Any = None, width: int = 100) 
     return Group(*parts)
 
 
-def _threads(element: Element, above: str, tokenizer: Any) -> Iterator[tuple[str, str, str, str]]:
+def _threads(root: Element, tokenizer: Any) -> Iterator[tuple[str, str, str, str]]:
     """(block, thread, length, outline) of each thread, nested ones below the thread that holds them."""
-    for place, block in enumerate(element.blocks, 1):  # type: ignore[attr-defined]
-        name = f"{above}{place}"
+    waiting = _own_threads(root, "")  # without recursion: text may nest deeper than Python's stack
+    while waiting:
+        name, plan, thread = waiting.pop()
+        text, number = thread.text, thread.number or "?"
+        length = len(text) if tokenizer is None else len(tokenizer.encode(text, add_special_tokens=False))
+        yield name, f"{number}{'' if thread.closed else ' (not closed)'}", f"{length:,}", plan
+        waiting += _own_threads(thread, f"{name}.{number}.")
+
+
+def _own_threads(element: Any, above: str) -> list[tuple[str, str, Thread]]:
+    """(block, outline, thread) of the threads directly in an element, the last one first."""
+    found = []
+    for place, block in enumerate(element.blocks, 1):
         plans = {outline.number: outline.body.strip() for outline in block.outlines}
-        for thread in block.threads:
-            text = thread.text
-            length = len(text) if tokenizer is None else len(tokenizer.encode(text, add_special_tokens=False))
-            open_ = "" if thread.closed else " (not closed)"
-            yield name, f"{thread.number or '?'}{open_}", f"{length:,}", plans.get(thread.number, "")
-            yield from _threads(thread, f"{name}.{thread.number or '?'}.", tokenizer)
+        found += [(f"{above}{place}", plans.get(thread.number, ""), thread) for thread in block.threads]
+    return found[::-1]
 
 
 def _facts(title: str, lines: Sequence[tuple[str, str]]) -> RenderableType:

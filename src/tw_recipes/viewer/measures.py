@@ -99,7 +99,8 @@ def measure(entry: Entry, tokenizer: Any = None, tags: TagIds | None = None) -> 
 def _format(entry: Entry) -> tuple[tuple[str, ...], bool | None]:
     recorded = entry.row.get("problems")
     if isinstance(recorded, list) and isinstance(entry.row.get("format_ok"), bool):
-        forced = [f"closer forced: {tag}" for tag in entry.row.get("forced") or ()]
+        count = entry.row.get("forced")
+        forced = [f"closers that the decoder had to add: {count}"] if count else []
         return (*(f"token {at}: {message}" for at, _, message in recorded), *forced), entry.row["format_ok"]
     if entry.text is None:
         return (), None
@@ -141,9 +142,13 @@ def _response_ids(text: str, tokenizer: Any, tags: TagIds) -> np.ndarray:
 
 
 def _structure(element: Any) -> tuple[int, int]:
-    inside = [_structure(thread) for block in element.blocks for thread in block.threads]
-    blocks = len(element.blocks) + sum(found[0] for found in inside)
-    return blocks, len(inside) + sum(found[1] for found in inside)
+    """Blocks and threads at any depth, without recursion: text may nest deeper than Python's stack."""
+    blocks, threads, waiting = 0, 0, [element]
+    while waiting:
+        for block in waiting.pop().blocks:
+            blocks, threads = blocks + 1, threads + len(block.threads)
+            waiting += block.threads
+    return blocks, threads
 
 
 def _trie(entry: Entry, tokenizer: Any, tags: TagIds | None) -> tuple[ReasoningTrie | None, str]:

@@ -5,7 +5,7 @@ import pytest
 from tests.support.rollouts import FORKED, text_engine
 from tests.support.sft import byte_tokenizer
 from tw_core import TAGS, TagIds, encode_units, parallel_stats
-from tw_recipes.decoding import ForkJoinDecoder
+from tw_recipes.decoding import ForkJoinDecoder, Limits
 from tw_recipes.rollout import trajectory_row
 from tw_recipes.sft.rows import row_to_trie
 from tw_recipes.viewer.entries import Entry
@@ -50,8 +50,25 @@ def test_a_rollout_keeps_what_was_recorded(tokenizer, tags):
     assert measure(Entry("k", "q", row["text"], slim)).no_trie == "a rollout without units needs --tokenizer"
     again = measure(Entry("k", "q", row["text"], slim), tokenizer, tags).trie
     assert (again.num_tokens, again.num_sequences) == (found.trie.num_tokens, 4)
-    broken = row | {"format_ok": False, "problems": [[3, "gap", "at 3: no"]], "forced": ["</Thread>"]}
-    assert measure(Entry("k", "q", row["text"], broken)).problems == ("token 3: at 3: no", "closer forced: </Thread>")
+
+
+def test_closers_that_were_forced_are_a_problem(tokenizer, tags):
+    """A row holds their number; it was read as a list of tags, so that a rollout past its budget could not be shown."""
+    decoder = ForkJoinDecoder(text_engine(tokenizer), tags, Limits(max_total_tokens=len(FORKED) // 2))
+    (rollout,) = decoder.decode_all([tokenizer.encode("q")])
+    assert rollout.forced
+    row = trajectory_row(rollout, tokenizer)
+    found = measure(Entry("k", "q", row["text"], row))
+    assert not found.well_formed
+    assert found.problems[-1] == f"closers that the decoder had to add: {rollout.forced}"
+    broken = row | {"problems": [[3, "gap", "at 3: no"]]}
+    assert measure(Entry("k", "q", row["text"], broken)).problems[0] == "token 3: at 3: no"
+
+
+def test_text_may_nest_deeper_than_the_stack_of_python():
+    text = "<Parallel><Thread>" * 2000
+    found = measure(Entry("1", "", text, {"text": text}))
+    assert (found.blocks, found.threads, found.well_formed) == (2000, 2000, False)
 
 
 def test_text_without_a_tokenizer_has_a_format_and_a_structure():
