@@ -1,12 +1,14 @@
 """What decoding costs and gains: the decoder's own time, fork/join against sequential text, in tokens and by the clock.
 
     python -m benchmarks.bench_decoding overhead quickstart --models DIR     one CPU core; DIR made by the quickstart
-    python -m benchmarks.bench_decoding forced --out FILE.json               on a GPU, about a minute
+    python -m benchmarks.bench_decoding forced --seconds 20 --out FILE.json  on a GPU, two to three minutes
 
 overhead    a scripted engine that answers at once: calls per second of the whole decoder
 quickstart  both models of a quickstart, 1 and 16 problems at a time, each its own response
 forced      random weights of the Qwen3-0.6B shape that are made to fork (benchmarks/forced_model.py): sequential and
-            fork/join write the same number of tokens, 1, 4 and 64 trajectories at a time
+            fork/join write the same number of tokens, 1, 4 and 64 trajectories at a time; the faster engine comes
+            first, the JSON is written after every batch, and its meta names the trajectory, what was measured and what
+            is still left out
 
 Sequential and fork/join runs alternate, medians are taken. `speedup_tokens` is sequential tokens over the critical
 path, `speedup_wall` the ratio of the wall clocks, `speedup_cpu` that of CPU seconds, which a busy machine changes less.
@@ -19,17 +21,19 @@ import asyncio
 import functools
 import itertools
 import json
+import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from benchmarks.forced_model import EOS, TAG_IDS, WORD, Plan, force
-from benchmarks.records import write_records
+from benchmarks.records import command_line, read_results, write_records
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from tw_core import TagIds
@@ -38,6 +42,9 @@ from tw_recipes.decoding.lockstep_engine import LockstepEngine
 
 Records = list[dict[str, Any]]
 UNITS = {"calls_per_s": "calls/s", "calls_per_cpu_s": "calls/s", "tokens": "tokens", "token_latency": "tokens"}
+UNITS |= {"rounds": "rounds", "trajectories": "trajectories"}
+# Short: a token takes 80 ms in transformers' continuous batching on an H100.
+FORCED = Plan(before=4, words=32, after=4)
 
 
 def keep(records: Records, case: str, impl: str, **metrics: float) -> None:
@@ -139,13 +146,20 @@ def compare(
     count: int,
     rounds: int,
     check: Callable[[str, list[Rollout]], None],
+    seconds: float = math.inf,
 ) -> None:
-    """Alternate the sides `rounds` times and keep what they take per problem, and the ratios to "sequential"."""
+    """Alternate the sides `rounds` times and keep what they take per problem, and the ratios to "sequential".
+
+    After the first round, none is begun that would probably end later than `seconds` after the start.
+    """
     walls: dict[str, list[float]] = {name: [] for name in sides}
     cpus: dict[str, list[float]] = {name: [] for name in sides}
     last: dict[str, list[Rollout]] = {}
+    started = time.perf_counter()
     with asyncio.Runner() as runner:
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done and (time.perf_counter() - started) * (done + 1) / done > seconds:
+                break
             for name, side in sides.items():
                 wall, cpu, last[name] = side.measure(runner, at_once, count)
                 walls[name].append(wall / count)
@@ -169,7 +183,7 @@ def compare(
             },
         )
         if name == "sequential":
-            keep(records, case, kind, tokens=base.mean())
+            keep(records, case, kind, tokens=base.mean(), rounds=len(walls[name]), trajectories=count)
             continue
         latency = np.array([rollout.stats.critical_path_tokens for rollout in rollouts])
         keep(
@@ -220,7 +234,7 @@ def quickstart(records: Records, options: argparse.Namespace) -> None:
 
 def forced(records: Records, options: argparse.Namespace) -> None:
     """Random weights that write the same number of tokens either way."""
-    plan = Plan()
+    plan = FORCED
     small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
     shape = {
         **{"num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151_936},
@@ -241,11 +255,9 @@ def forced(records: Records, options: argparse.Namespace) -> None:
         assert all(rollout.complete and rollout.stats.num_threads == threads for rollout in rollouts)
         assert all(rollout.generated_tokens == plan.generated for rollout in rollouts)
 
-    started = time.perf_counter()
-    for engine, at_once in itertools.product(options.engines, options.batches):
-        if time.perf_counter() - started > options.seconds:
-            print(f"left out for lack of time: {engine} batch_{at_once}", flush=True)
-            continue
+    wanted = list(itertools.product(options.engines, options.batches))
+    notes: dict[str, Any] = {"trajectory": asdict(plan), "measured": [], "left_out": []}
+    for place, (engine, at_once) in enumerate(wanted):
         prompts = rng.integers(WORD + 1, 500, (at_once + 1, plan.prompt_tokens)).tolist()
         made: Any = (
             TransformersEngine(model, cache_tokens=(at_once + 1) * plan.threads * 384, max_batch_tokens=2_048)
@@ -263,44 +275,50 @@ def forced(records: Records, options: argparse.Namespace) -> None:
             count=at_once,
             rounds=options.rounds,
             check=check,
+            seconds=options.seconds,
         )
-        _write(records, options)
+        names = [f"batch_{count} {used}" for used, count in wanted]
+        notes |= {"measured": names[: place + 1], "left_out": names[place + 1 :]}
+        _write(records, options, notes)
 
 
-def _write(records: Records, options: argparse.Namespace) -> Path:
+def _write(records: Records, options: argparse.Namespace, notes: dict[str, Any] | None = None) -> Path:
     """After every case, so that a time-out keeps what was measured."""
-    words = [*options.parts, *(["--models", "DIR"] if "quickstart" in options.parts else [])]
     return write_records(
         options.out or "decoding",
         records,
-        command=f"python -m benchmarks.bench_decoding {' '.join(words)}",
+        command=command_line("bench_decoding", options.words),
         seed=0,
         device=options.device,
+        merge=options.merge,
+        notes=notes,
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Run the parts and write the file."""
     parts = {"overhead": overhead, "quickstart": quickstart, "forced": forced}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", choices=sorted(parts))
     parser.add_argument("--models", type=Path, help="folder of a quickstart")
     parser.add_argument("--out", type=Path, help="results file; default: benchmarks/results/decoding-<device>.json")
+    parser.add_argument("--merge", type=read_results, help="results file to add to: other (case, impl) pairs are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--single", type=int, default=3, help="quickstart: problems one at a time")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 64])
-    parser.add_argument("--engines", nargs="+", default=["transformers", "lockstep"])
-    parser.add_argument("--seconds", type=float, default=1e9, help="forced: start no further case after so long")
+    parser.add_argument("--engines", nargs="+", default=["lockstep", "transformers"])
+    parser.add_argument("--seconds", type=float, default=math.inf, help="forced: time for the rounds of one batch")
     parser.add_argument("--tiny", action="store_true", help="forced: a tiny model, to see that it runs")
-    options = parser.parse_args()
+    options = parser.parse_args(argv, argparse.Namespace(words=sys.argv[1:] if argv is None else argv))
     if "quickstart" in options.parts and options.models is None:
         parser.error("quickstart needs --models DIR; make one with `threadweaver quickstart --out DIR`")
     records: Records = []
     for name in options.parts:
         parts[name](records, options)
     print(f"{len(records)} records written", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from benchmarks.attention_runs import RUNS, Inputs, Judge, Run, make_inputs, planners
-from benchmarks.records import device_slug, merge_records, read_results, write_records
+from benchmarks.records import command_line, device_slug, merge_records, read_results, write_records
 from tests.support import attention_inputs
 from tests.support.attention_inputs import TrieShape
 
@@ -97,12 +97,12 @@ class Bench:
         rows = merge_records(self.earlier, self.records)
         added, across = ratios(rows, {(row["case"], row["impl"]) for row in self.records})
         rows += added
-        command = "python -m benchmarks.bench_trie_attention " + " ".join(sys.argv[1:])
+        command = command_line("bench_trie_attention", sys.argv[1:])
         notes = {"ratios_across_runs": across} if across else None
         write_records(
             Path(self.args.out),
             rows,
-            command=command.strip(),
+            command=command,
             seed=0,
             device=self.device,
             merge=self.earlier,

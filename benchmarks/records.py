@@ -73,6 +73,18 @@ def read_results(path: str | Path | None) -> dict[str, Any] | None:
     return json.loads(Path(path).read_text()) if path else None
 
 
+def command_line(bench: str, words: Iterable[str]) -> str:
+    """What gives the figures again, for `meta`: without the options that name files, which are of one machine."""
+    parts, shown = iter(words), []
+    for word in parts:
+        if word in ("--out", "--merge", "--models"):
+            next(parts, None)
+            shown += ["--models", "DIR"] if word == "--models" else []
+        else:
+            shown.append(word)
+    return " ".join(["python -m", f"benchmarks.{bench}", *shown])
+
+
 def merge_records(earlier: Mapping[str, Any] | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of an earlier results file on other (case, impl) pairs, then `rows`."""
     anew = {(row["case"], row["impl"]) for row in rows}
