@@ -8,8 +8,9 @@ there (plans, gathered sequences), so that `forward` is what a layer does. `Judg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tests.support import attention_inputs
@@ -17,7 +18,7 @@ from tests.support.attention_inputs import TrieShape
 from torch import Tensor
 
 from tw_core.masks import block_mask, dense_mask
-from tw_kernels import trie_attention
+from tw_kernels import AttentionCall, choose_impl, trie_attention
 from tw_kernels.trie_attention import varlen
 from tw_kernels.trie_attention.plan import make_plan
 
@@ -68,6 +69,13 @@ def make_inputs(trie: TrieShape, device: str, heads: int, kv_heads: int, dim: in
 
     q, k, v, grad_out = normal(heads), normal(kv_heads), normal(kv_heads), normal(heads)
     return Inputs(trie, q, k, v, grad_out, trie.subtree_end.to(device))
+
+
+def auto_choice(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> str:
+    """What impl="auto" runs for a model with the sizes of `config`."""
+    heads, kv_heads, dim = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    q, k = (torch.empty((8, count, dim), device=device, dtype=dtype) for count in (heads, kv_heads))
+    return choose_impl(AttentionCall.build(q, k, k, torch.full((8,), 8, dtype=torch.int32, device=device))).name
 
 
 def leaves_of(*tensors: Tensor) -> tuple[Tensor, ...]:

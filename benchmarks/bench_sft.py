@@ -4,26 +4,32 @@
     python -m benchmarks.bench_sft --tiny --out DIR   the same code on a CPU (its test)
 
 Both runs start from the same weights and take the same fork/join samples in the same order, one sample a step, with
-activation checkpointing, TRL's fused head and AdamW. "trie": one packed row through impl="triton". "expanded": its
-units one after another, padding-free, through varlen flash attention, in as few rows as fit `--row-budget`. Each run is
-warmed up on the first sample before its clock starts; step_ms is the median over the steps.
+activation checkpointing, TRL's fused head and AdamW. "trie": one packed row through impl="auto" (meta says which that
+was). "expanded": its units one after another, padding-free, through varlen flash attention, in as few rows as fit
+`--row-budget`. Each run is warmed up on the first sample before its clock starts; step_ms is the median over the steps.
+
+The JSON is written after every step. `--merge FILE --reuse` goes on from an interrupted run: a kind that FILE holds to
+its last step is not run again, one that was cut starts anew.
 
 flop_ratio counts the linear layers by tokens and attention by visible pairs, expanded over trie; the head runs on
-trained tokens alone and costs both the same. sharing_efficiency = (expanded step_ms / trie step_ms) / flop_ratio.
+trained tokens alone and costs both the same. sharing_efficiency = speedup / flop_ratio, speedup the ratio of the median
+steps; these ratios and loss_max_relative_difference are over the steps that both runs have taken (steps_compared).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from benchmarks.records import device_slug, write_records
+from benchmarks.attention_runs import auto_choice
+from benchmarks.records import command_line, device_slug, merge_records, read_results, write_records
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -51,11 +57,13 @@ CASES = {
     ),
     "qwen3_4b": Case(
         {**_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-        steps=4,
+        steps=50,
         learning_rate=5e-5,
         scale=1.0,
     ),
 }
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+MEASURED = ("loss_step", "ms_step", "peak_mib")
 TINY = Case(
     {
         **_QWEN3,
@@ -121,8 +129,8 @@ def build(case: Case, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausa
 
 def train(
     model: Qwen3ForCausalLM, steps: list[list[dict[str, Any]]], learning_rate: float, device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Loss (mean over trained tokens) and seconds of each step; a step is a list of micro-batches."""
+) -> Iterator[tuple[float, float]]:
+    """Loss (mean over trained tokens) and seconds of each step, as it ends; a step is a list of micro-batches."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=device.type == "cuda")
 
     def step(batches: list[dict[str, Any]]) -> float:
@@ -138,20 +146,26 @@ def train(
 
     step(steps[0])  # compile and allocate; its gradients are dropped
     optimizer.zero_grad()
-    losses, seconds = [], []
     for batches in steps:
         start = time.perf_counter()
-        losses.append(step(batches))
+        loss = step(batches)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return losses, seconds
+        yield loss, time.perf_counter() - start
 
 
-def run_case(name: str, case: Case, impls: dict[str, str], device: torch.device, row_budget: int) -> list[dict]:
-    """All records of one model."""
+class Work(NamedTuple):
+    """What the steps of one kind compute: one entry a step."""
+
+    batches: list[list[dict[str, Any]]]
+    rows: np.ndarray
+    flops: np.ndarray
+
+
+def prepare(case: Case, row_budget: int) -> tuple[list[PackedTrie], dict[str, Work]]:
+    """The samples, packed, and both kinds' batches of them."""
     rng = np.random.default_rng(0)
     samples = [sample_units(rng, case.config["vocab_size"], case.scale) for _ in range(case.steps)]
     packed = [ReasoningTrie.from_units(units).pack() for units in samples]
@@ -159,54 +173,86 @@ def run_case(name: str, case: Case, impls: dict[str, str], device: torch.device,
         "trie": [[TrieCollator()([packed_columns(trie)])] for trie in packed],
         "expanded": [expanded_batches(units, row_budget) for units in samples],
     }
-    flops = {
-        impl: sum(
-            forward_flops(case.config, int((batch["position_ids"] + 1).sum()), batch["input_ids"].numel())
-            for step in steps
-            for batch in step
-        )
-        for impl, steps in batches.items()
-    }
-    records: list[dict[str, Any]] = []
 
-    def record(impl: str, metric: str, value: float, unit: str) -> None:
-        records.append({"case": name, "impl": impl, "metric": metric, "value": round(float(value), 6), "unit": unit})
-        if not metric.startswith("loss_step"):
-            print(f"{name} {impl} {metric} {value:.5g} {unit}", flush=True)
+    def work(steps: list[list[dict[str, Any]]]) -> Work:
+        rows = [sum(batch["input_ids"].numel() for batch in step) for step in steps]
+        depths = [sum(int((batch["position_ids"] + 1).sum()) for batch in step) for step in steps]
+        flops = [forward_flops(case.config, *counts) for counts in zip(depths, rows, strict=True)]
+        return Work(steps, np.array(rows), np.array(flops))
 
-    step_seconds = {}
-    for impl, steps in batches.items():
-        model = build(case, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return packed, {impl: work(steps) for impl, steps in batches.items()}
+
+
+def run_case(
+    name: str, case: Case, impls: dict[str, str], device: torch.device, row_budget: int, kept: list[dict[str, Any]]
+) -> Iterator[list[dict[str, Any]]]:
+    """All records of one model so far, after every step; a kind that `kept` holds whole is taken from there."""
+    packed, work = prepare(case, row_budget)
+    measured: list[dict[str, Any]] = []
+    for impl, kind in work.items():
+        own = [r for r in kept if (r["case"], r["impl"]) == (name, impl) and r["metric"].startswith(MEASURED)]
+        if len(curve(own, name, impl, "loss")) == len(curve(own, name, impl, "ms")) == case.steps:
+            measured += own
+            yield measured + summary(name, measured, packed, work)
+            continue
+        model = build(case, device, DTYPES[device.type])
         install(model, impl=impls[impl])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        losses, seconds = train(model, steps, case.learning_rate, device)
+        for step, (loss, seconds) in enumerate(train(model, kind.batches, case.learning_rate, device)):
+            measured.append(record(name, impl, f"loss_step_{step:03d}", loss, "nats"))
+            measured.append(record(name, impl, f"ms_step_{step:03d}", 1e3 * seconds, "ms"))
+            if device.type == "cuda":
+                measured = [r for r in measured if (r["impl"], r["metric"]) != (impl, "peak_mib")]
+                measured.append(record(name, impl, "peak_mib", torch.cuda.max_memory_allocated() / 2**20, "MiB"))
+            yield measured + summary(name, measured, packed, work)
         uninstall(model)
         del model
-        step_seconds[impl] = median(seconds)
-        rows = sum(batch["input_ids"].numel() for step in steps for batch in step)
-        record(impl, "step_ms", 1e3 * step_seconds[impl], "ms")
-        record(impl, "rows_per_step", rows / len(steps), "rows")
-        record(impl, "logical_tokens_per_s", sum(t.num_expanded_tokens for t in packed) / sum(seconds), "tokens/s")
+        gc.collect()
         if device.type == "cuda":
-            record(impl, "peak_mib", torch.cuda.max_memory_allocated() / 2**20, "MiB")
             torch.cuda.empty_cache()
-        for step, loss in enumerate(losses):
-            record(impl, f"loss_step_{step:03d}", loss, "nats")
-    losses = {impl: loss_curve(records, name, impl) for impl in batches}
-    speedup, flop_ratio = step_seconds["expanded"] / step_seconds["trie"], flops["expanded"] / flops["trie"]
-    record("trie", "sharing_ratio", sum(t.num_expanded_tokens for t in packed) / sum(t.num_tokens for t in packed), "")
-    record("trie", "flop_ratio", flop_ratio, "")
-    record("trie", "speedup", speedup, "")
-    record("trie", "sharing_efficiency", speedup / flop_ratio, "")
-    record("trie", "loss_max_relative_difference", np.max(np.abs(losses["trie"] / losses["expanded"] - 1)), "")
+
+
+def record(case: str, impl: str, metric: str, value: float, unit: str) -> dict[str, Any]:
+    return {"case": case, "impl": impl, "metric": metric, "value": round(float(value), 6), "unit": unit}
+
+
+def curve(records: list[dict[str, Any]], case: str, impl: str, of: str = "loss") -> np.ndarray:
+    """Loss ("loss") or time ("ms") of each step, shape (steps,)."""
+    return np.array(
+        [r["value"] for r in records if (r["case"], r["impl"]) == (case, impl) and r["metric"].startswith(f"{of}_step")]
+    )
+
+
+def summary(
+    name: str, measured: list[dict[str, Any]], packed: list[PackedTrie], work: dict[str, Work]
+) -> list[dict[str, Any]]:
+    """What follows from the steps taken so far."""
+    records = []
+    times = {impl: curve(measured, name, impl, "ms") for impl in work}
+    logical = np.array([trie.num_expanded_tokens for trie in packed])
+    for impl, ms in times.items():
+        done = len(ms)
+        if done:
+            records.append(record(name, impl, "step_ms", np.median(ms), "ms"))
+            records.append(record(name, impl, "rows_per_step", work[impl].rows[:done].mean(), "rows"))
+            rate = 1e3 * logical[:done].sum() / ms.sum()
+            records.append(record(name, impl, "logical_tokens_per_s", rate, "tokens/s"))
+    both = min(len(ms) for ms in times.values())
+    if both:
+        speedup = np.median(times["expanded"][:both]) / np.median(times["trie"][:both])
+        flop_ratio = work["expanded"].flops[:both].sum() / work["trie"].flops[:both].sum()
+        losses = {impl: curve(measured, name, impl)[:both] for impl in work}
+        figures = {
+            "steps_compared": both,
+            "sharing_ratio": logical[:both].sum() / work["trie"].rows[:both].sum(),
+            "flop_ratio": flop_ratio,
+            "speedup": speedup,
+            "sharing_efficiency": speedup / flop_ratio,
+            "loss_max_relative_difference": np.max(np.abs(losses["trie"] / losses["expanded"] - 1)),
+        }
+        records += [record(name, "trie", metric, value, "") for metric, value in figures.items()]
     return records
-
-
-def loss_curve(records: list[dict], case: str, impl: str) -> np.ndarray:
-    """Loss of each step, shape (steps,)."""
-    steps = [r for r in records if r["case"] == case and r["impl"] == impl and r["metric"].startswith("loss_step")]
-    return np.array([r["value"] for r in steps])
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
@@ -216,15 +262,16 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(record["case"] for record in records))
+    names = list(dict.fromkeys(r["case"] for r in records if r["metric"] == "loss_max_relative_difference"))
     figure, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 5), squeeze=False, height_ratios=(3, 1))
     for column, name in enumerate(names):
-        curves = {impl: loss_curve(records, name, impl) for impl in ("trie", "expanded")}
+        curves = {impl: curve(records, name, impl) for impl in ("trie", "expanded")}
+        both = min(len(losses) for losses in curves.values())
         for impl, style in (("expanded", "-"), ("trie", "--")):
             axes[0][column].plot(curves[impl], style, label=impl)
         axes[0][column].set(title=name, ylabel="loss (nats per token)")
         axes[0][column].legend()
-        axes[1][column].plot(100 * (curves["trie"] / curves["expanded"] - 1), color="gray")
+        axes[1][column].plot(100 * (curves["trie"][:both] / curves["expanded"][:both] - 1), color="gray")
         axes[1][column].axhline(0, color="black", linewidth=0.5)
         axes[1][column].set(xlabel="step", ylabel="difference (%)")
     figure.tight_layout()
@@ -232,28 +279,39 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the cases, write DIR/sft-<device>.json after each, and plot the loss curves."""
+    """Run the cases, write DIR/sft-<device>.json after each step, and plot the loss curves after each kind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
     parser.add_argument("--steps", type=int, help="optimizer steps of every case")
     parser.add_argument("--row-budget", type=int, default=65536, help="tokens of one expanded row")
-    parser.add_argument("--impl", help="implementation of the trie run; default triton, dense with --tiny")
+    parser.add_argument("--impl", default="auto", help="implementation of the trie run")
     parser.add_argument("--tiny", action="store_true", help="a toy model on the CPU")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    args = parser.parse_args(argv)
+    parser.add_argument("--merge", type=read_results, help="results file to add to: other (case, impl) pairs are kept")
+    parser.add_argument("--reuse", action="store_true", help="with --merge: do not run again what it holds whole")
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
     cases = {"tiny": TINY} if args.tiny else {name: CASES[name] for name in args.cases.split(",")}
     if args.steps:
         cases = {name: case._replace(steps=args.steps) for name, case in cases.items()}
     device = torch.device("cpu" if args.tiny else "cuda")
-    impls = {"trie": args.impl or ("dense" if args.tiny else "triton"), "expanded": "varlen"}
-    args.out.mkdir(parents=True, exist_ok=True)
-    label = device_slug(device.type)
-    command = "python -m benchmarks.bench_sft " + " ".join(sys.argv[1:] if argv is None else argv)
-    records: list[dict[str, Any]] = []
+    label, command = device_slug(device.type), command_line("bench_sft", words)
+    kept = args.merge["records"] if args.merge and args.reuse else []
+    finished: list[dict[str, Any]] = []
     for name, case in cases.items():
-        records += run_case(name, case, impls, device, args.row_budget)
-        write_records(args.out / f"sft-{label}.json", records, command=command, seed=0, device=device.type)
-    plot(records, args.out / f"sft_loss-{label}.png")
+        used = args.impl if args.impl != "auto" else auto_choice(case.config, device, DTYPES[device.type])
+        impls, notes = {"trie": args.impl, "expanded": "varlen"}, {"trie_attention": used}
+        so_far: list[dict[str, Any]] = []
+        for so_far in run_case(name, case, impls, device, args.row_budget, kept):
+            write_records(
+                *(args.out / f"sft-{label}.json", finished + so_far),
+                **{"command": command, "seed": 0, "device": device.type, "merge": args.merge, "notes": notes},
+            )
+        finished += so_far
+        for r in so_far:
+            if "_step_" not in r["metric"]:
+                print(f"{name} {r['impl']} {r['metric']} {r['value']:.5g} {r['unit']}", flush=True)
+    plot(merge_records(args.merge, finished), args.out / f"sft_loss-{label}.png")
     return 0
 
 
