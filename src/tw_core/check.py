@@ -8,7 +8,7 @@ Guarded by tests/core/test_check.py and the recorded format cases.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -87,7 +87,10 @@ def check_format(
             inference injects or the paper's rendering has.
     Returns:
         The report; problems are sorted by offset.
+    Raises:
+        ValueError: `conclusion` or `numbering` is none of the above.
     """
+    _check_options(conclusion, numbering)
     root = scan(text_tags(text), 0, len(text))
     rules = _Rules(_Text(text), nested, require_block, allow_text_between_threads, conclusion, numbering, canonical)
     return _report(rules, root)
@@ -122,7 +125,9 @@ def check_ids(
     Raises:
         TrieError: Ids that are negative or no integers, `prompt_length` outside 0..L.
         GrammarError: There are blocks and `tag_ids` lacks colon, digits or newline.
+        ValueError: `conclusion` or `numbering` is none of those of `check_format`.
     """
+    _check_options(conclusion, numbering)
     ids = as_ids(token_ids, "token_ids")
     if not 0 <= prompt_length <= len(ids):
         raise TrieError(f"prompt_length must be within 0..{len(ids)} (the length of token_ids), got {prompt_length}")
@@ -130,6 +135,12 @@ def check_ids(
     source = _Ids(ids, tag_ids)
     rules = _Rules(source, nested, require_block, allow_text_between_threads, conclusion, numbering, canonical)
     return _report(rules, root)
+
+
+def _check_options(conclusion: str, numbering: str) -> None:
+    for name, value, known in (("conclusion", conclusion, Conclusions), ("numbering", numbering, Numbering)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}; correct the spelling")
 
 
 def _report(rules: "_Rules", root: Span) -> FormatReport:

@@ -100,8 +100,13 @@ def block_mask(
         block_size: Rows of a block, for queries and keys.
         depth: `PackedTrie.position_ids`, used with a window; derived from subtree_end when None.
         window: Rows that a query sees along its path, itself included; None for all.
+
+    Raises:
+        ShapeError: There is no row.
     """
     n, device = subtree_end.shape[0], subtree_end.device
+    if n == 0:
+        raise ShapeError("subtree_end must have at least one row, got shape (0,); nothing attends in an empty row")
     low, high = block_bounds(subtree_end, block_size)
     first = torch.arange(low.shape[0], device=device) * block_size
     past = (first + block_size).clamp_(max=n)

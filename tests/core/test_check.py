@@ -9,6 +9,7 @@ from hypothesis import given
 
 from tests.support.trajectories import TAG_IDS, CharTokenizer, bpe_tokenizer, tag_soups, trajectories
 from tw_core import FormatReport, GrammarError, TagIds, Trajectory, check_format, check_ids, parse, render
+from tw_core.check import _check_options
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "format_cases.json").read_text())
 CHAR = CharTokenizer()
@@ -161,6 +162,18 @@ def test_options() -> None:
     nested = HEAD + ONE.replace("x", HEAD + ONE + TWO + TAIL) + TWO + TAIL
     assert check_format(nested)
     assert [p.kind for p in check_format(nested, nested=False).problems] == ["nested"]
+
+
+def test_an_unknown_option_is_refused() -> None:
+    """It was taken for the default. (Where beartype checks arguments it refuses them before `check_format` does.)"""
+    with pytest.raises(ValueError, match="conclusion must be one of optional, required, forbidden, got 'require'"):
+        _check_options("require", "any")
+    with pytest.raises(ValueError, match="numbering must be one of consecutive, any, got 'all'"):
+        _check_options("optional", "all")
+    with pytest.raises((ValueError, TypeError), match="conclusion"):
+        check_format("x", conclusion="require")  # type: ignore[arg-type]
+    with pytest.raises((ValueError, TypeError), match="numbering"):
+        check_ids([], TAG_IDS, numbering="all")  # type: ignore[arg-type]
 
 
 def test_ids_need_digits_to_be_checked() -> None:

@@ -108,6 +108,11 @@ def test_a_window_leaves_out_far_blocks_and_keeps_near_ones_full() -> None:
     assert torch.equal(partial, (distance == 0) | (distance == 3))
 
 
+def test_no_row_has_no_block_mask() -> None:
+    with pytest.raises(ShapeError, match=r"subtree_end must have at least one row, got shape \(0,\)"):
+        masks.block_mask(torch.zeros(0, dtype=torch.int32))
+
+
 def _chosen(end: Tensor, size: int, **options: object) -> tuple[Tensor, Tensor]:
     """(B, B) partial and full blocks of the BlockMask."""
     mask = masks.block_mask(end, size, **options)  # type: ignore[arg-type]

@@ -211,7 +211,18 @@ def test_recorded_rows(case: dict[str, Any]) -> None:
         (
             [torch.ones(2, device="meta")],
             ShapeError,
-            r"sequences\[0\] must be .* on the CPU, got a Tensor on meta; .*\.cpu",
+            r"sequences\[0\] must be .* on the CPU, got a Tensor of torch.float32 on meta; .*\.cpu",
+        ),
+        (
+            [torch.ones(2, requires_grad=True)],
+            ShapeError,
+            r"must be .* integer token ids .*, got a Tensor of torch.float",
+        ),
+        ([torch.ones(2).bfloat16()], ShapeError, r"must be .* integer token ids .*, got a Tensor of torch.bfloat16"),
+        (
+            [np.array([1, 2**63], dtype=np.uint64)],
+            TrieError,
+            r"must fit int64, got 9223372036854775808 at index 1; pass",
         ),
     ],
 )
