@@ -135,14 +135,14 @@ def finished_keys(path: str | Path) -> set[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                key = json.loads(line)["key"] if line.endswith(b"\n") else None
+                key = json.loads(line)["key"]
+                if not (isinstance(key, str) and line.endswith(b"\n")):
+                    raise ValueError("half a line, or a key that is no name")
             except (ValueError, KeyError, TypeError) as error:
                 if file.read(1):
                     raise RolloutFileError(
                         f"{path}, line {number}: expected a trajectory with a key, got {line[:60]!r}; repair the file"
                     ) from error
-                key = None
-            if key is None:
                 break
             if key in keys:
                 raise RolloutFileError(f"{path}, line {number}: key {key!r} stands twice; two runs wrote this file")

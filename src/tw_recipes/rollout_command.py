@@ -165,6 +165,8 @@ class RolloutOptions:
 
 def run_rollout(options: RolloutOptions, engine: Engine | None = None) -> RolloutSummary:
     """What `threadweaver rollout` does; `engine` replaces the one that the flags describe."""
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {options.limit}; leave it out for all prompts")
     columns = [options.column] if options.id_column is None else [options.column, options.id_column]
     rows = read_rows(options.prompts, columns[:1]).rows[: options.limit]
     tokenizer = load_tokenizer(options.engine.model)

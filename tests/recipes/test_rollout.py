@@ -112,9 +112,11 @@ def test_other_settings_and_broken_files_are_refused(model, tokenizer, tmp_path)
     with pytest.raises(RolloutFileError, match=r"was made with temperature=0.6, got 0.0; give the same settings"):
         run_rollout(options(model, tmp_path, engine={"temperature": 0.0}), text_engine(tokenizer))
     lines = job.out.read_bytes().splitlines(keepends=True)
-    job.out.write_bytes(lines[0] + b'{"no": 1}\n' + lines[1])
-    with pytest.raises(RolloutFileError, match="line 2: expected a trajectory with a key"):
-        run_rollout(job, text_engine(tokenizer))
+    for broken in (b'{"no": 1}\n', b'{"key": null}\n', b'{"key": ["a"]}\n'):
+        job.out.write_bytes(lines[0] + broken + lines[1])
+        with pytest.raises(RolloutFileError, match="line 2: expected a trajectory with a key"):
+            run_rollout(job, text_engine(tokenizer))
+        assert job.out.read_bytes().endswith(lines[1]), "a null for a key cut off all that follows"
     job.out.write_bytes(lines[0] * 2)
     with pytest.raises(RolloutFileError, match=r"line 2: key .* stands twice"):
         run_rollout(job, text_engine(tokenizer))
@@ -185,6 +187,8 @@ def test_exit_status_of_bad_input(model, tmp_path, capsys):
     flags = ["--out", str(tmp_path / "o.jsonl"), "--model", str(model)]
     assert threadweaver(["rollout", str(tmp_path / "none.jsonl"), *flags]) == 1
     assert "none.jsonl does not exist" in capsys.readouterr().err
+    assert threadweaver(["rollout", str(options(model, tmp_path).prompts), *flags, "--limit", "-1"]) == 1
+    assert "limit must be at least 1, got -1" in capsys.readouterr().err
     with pytest.raises(SystemExit) as wrong:
         threadweaver(["rollout"])
     assert wrong.value.code == 2

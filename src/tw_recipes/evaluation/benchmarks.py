@@ -88,10 +88,12 @@ def load_problems(
         answer_column: Overrides the column of the answer (of a file: "answer").
         limit: Only the first so many problems.
     Raises:
-        BenchmarkError: `name` is neither, a column is missing, or an answer is empty.
+        BenchmarkError: `name` is neither, a column is missing, an answer is empty, or `limit` is below 1.
         RowReadError: A row of a local file is bad.
         FileNotFoundError: The local file does not exist.
     """
+    if limit is not None and limit < 1:
+        raise BenchmarkError(f"limit must be at least 1, got {limit}; leave it out for all problems")
     known = benchmark_name(name)
     if known is None:
         if Path(name).suffix not in (".jsonl", ".parquet"):

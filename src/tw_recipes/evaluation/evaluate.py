@@ -152,6 +152,10 @@ def evaluate(
     with closing(judge) if own else nullcontext():
         graded = flow.grade(main_file, judge, samples)
         graded_base = flow.grade(base_file, judge, math.inf) if base_file is not None else []
+    if base_file is not None and not graded_base:
+        raise ValueError(
+            f"the baseline {base_file} has none of the {len(problems)} problems; name a run on the same data"
+        )
     exact = accuracy(graded)
     faster = speedup(graded, graded_base) if graded_base else None
     found = report.records(case, name, _metrics(exact, measures(graded), faster))

@@ -50,6 +50,9 @@ def test_local_files(tmp_path):
     assert [tuple(p) for p in problems] == [("p", "2+2?", "4"), ("r", "1?", "1")]
     with pytest.raises(BenchmarkError, match=r"row 0: column 'answer' is missing or null, the row has id, q, a"):
         load_problems(str(path), question_column="q")
+    for limit in (0, -1):  # -1 left out the last problem
+        with pytest.raises(BenchmarkError, match=f"limit must be at least 1, got {limit}"):
+            load_problems(str(path), question_column="q", answer_column="a", limit=limit)
     with pytest.raises(ThreadWeaverError, match="'question'"):
         load_problems(str(path))
     with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -105,6 +105,15 @@ def test_a_finished_run_is_a_baseline(model, tokenizer, problems, tmp_path):
     assert result.speedup.mean_correct == pytest.approx(result.speedup.mean)
 
 
+def test_a_baseline_of_other_problems_is_refused(model, tokenizer, problems, tmp_path):
+    """It gave a report without any speedup, and without a word."""
+    run_eval(options(model, problems, tmp_path / "base"), engine=text_engine(tokenizer))
+    decoder = make_decoder(EngineOptions(str(model)), tokenizer, text_engine(tokenizer))
+    baseline = Baseline(path=tmp_path / "base" / "trajectories.jsonl")
+    with pytest.raises(ValueError, match=r"trajectories.jsonl has none of the 1 problems; name a run on the same"):
+        evaluate([Problem("x", "Q", "7")], decoder, tokenizer, tmp_path, grader=ExactGrader(), baseline=baseline)
+
+
 def test_published_figures_stand_beside_ours(model, tokenizer, tmp_path):
     decoder = make_decoder(EngineOptions(str(model)), tokenizer, text_engine(tokenizer))
     problems = [Problem("a", "Q", "7")]
