@@ -6,15 +6,17 @@
 A step is what the trainers do with a scored micro-batch: `compute_loss` (with its metrics), backward, clipping, AdamW.
 Both have random weights of the shape, bfloat16, activation checkpointing and TRL's fused head; step_ms is the median of
 `--repeats` steps after one that warms up (fewer where they last longer than `--seconds`), peak_mib the allocator's
-peak, step_mib that peak less what was allocated before the step (weights, optimizer state).
+peak without the other trainer's model, step_mib that peak less what was allocated before the step (weights, optimizer
+state). The trie runs through impl="auto"; meta says which that was. Both trainers stand side by side, and the JSON is
+written after every case.
 
 Cases: pP_cC[_xK] is K prompts (default 1) of P tokens with 8 completions of C tokens each. All are of one length, so
 that stock pads nothing and its attention takes the causal flash kernels: its best case. forkjoin is a group of 4
 fork/join rollouts of two blocks; "units" computes every engine call as a sequence of its own, padding-free, through
 varlen flash attention.
 
-gradient_norm_difference tells gross mistakes only: norms of bfloat16 gradients come in steps of 0.2 to 0.8 percent, and
-a norm is blind to direction. Equality is tested in float32 (tests/recipes/grpo).
+gradient_difference is |g_trie - g_other| / |g_other| over all trained parameters at the first step, sums in float64. In
+bfloat16 it shows rounding and gross mistakes; equality is tested in float32 (tests/recipes/grpo).
 
 flop_ratio counts forward, recomputation and backward of linear layers, attention and head; sharing_efficiency =
 (step_ms of the other / step_ms of trie) / flop_ratio.
@@ -24,17 +26,19 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from benchmarks.records import write_records
+from benchmarks.attention_runs import auto_choice
+from benchmarks.records import command_line, read_results, write_records
 from peft import LoraConfig
 from tests.support.grpo import make_trainer
 from torch import Tensor
@@ -80,12 +84,12 @@ SHAPES = {
     ),
 }
 SHAPES["tiny_full"] = SHAPES["tiny_lora"]._replace(lora=False)
-# What fits two minutes. Left out: 8k + 1k and 8k + 4k (73,728 and 98,304 tokens in the other's batch), 2k + 256 and
-# 512 + 256 with LoRA, which lie between the cases measured.
+# What fits two minutes each, the most telling first. Left out: 8k + 1k and 8k + 4k (73,728 and 98,304 tokens in the
+# other's batch), 2k + 256 and 512 + 256 with LoRA, which lie between the cases measured.
 CASES = {
-    "qwen3_4b_lora": ["p8192_c256", "p2048_c1024", "p256_c4096", "forkjoin_20k"],
+    "qwen3_4b_lora": ["p8192_c256", "p256_c4096", "forkjoin_20k", "p2048_c1024"],
     "qwen3_0.6b_full": [
-        "p8192_c256", "p2048_c1024", "p2048_c4096", "p512_c256_x4", "p512_c4096", "forkjoin_30k"
+        "p8192_c256", "p256_c4096", "p2048_c1024", "p2048_c4096", "p512_c256_x4", "p512_c4096", "forkjoin_30k"
     ],
     "tiny_lora": ["p24_c8", "forkjoin_0.3k"],
     "tiny_full": ["p24_c8_x2"],
@@ -203,25 +207,27 @@ def build(shape: Shape, kind: str, device: torch.device, impl: str) -> GRPOTrain
 
 
 class Measured(NamedTuple):
-    """One case on one trainer."""
+    """One case on one trainer: figures by metric, and the first step's gradient, on the CPU, for another trainer."""
 
-    step_ms: float
-    peak_mib: float | None
-    step_mib: float | None
-    gradient_norm: float
+    figures: dict[str, float]
+    gradient: list[Tensor]
 
 
-def measure(trainer: GRPOTrainer, batch: Batch, repeats: int, limit: float) -> Measured:
-    """Median time of an update step, memory, and the norm of the first step's gradient."""
+def measure(trainer: GRPOTrainer, batch: Batch, repeats: int, limit: float, other: Measured | None = None) -> Measured:
+    """Median time of an update step, memory, and the first step's gradient or how far it is from `other`'s."""
     device = trainer.accelerator.device
+    cuda = device.type == "cuda"
+    model_bytes = sum(parameter.nbytes for parameter in trainer.model.parameters())
+    beside = torch.cuda.memory_allocated() - model_bytes if cuda else 0
     on_device = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "completion_parents"}
     inputs = {**batch.inputs, **on_device}
     if isinstance(trainer, UnitsTrainer):
         trainer.expanded = batch.expanded
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=device.type == "cuda")
-    cuda = device.type == "cuda"
-    norms, seconds, before = [], [], 0
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=cuda)
+    gradient: list[Tensor] = []
+    figures: dict[str, float] = {}
+    seconds, before = [], 0
     for step in range(repeats + 1):
         if cuda and step == 1:
             torch.cuda.synchronize()
@@ -229,21 +235,36 @@ def measure(trainer: GRPOTrainer, batch: Batch, repeats: int, limit: float) -> M
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
         trainer.compute_loss(trainer.model, inputs).backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(trained, 1.0))
+        if step == 0:
+            gradient = [parameter.grad for parameter in trained]
+            figures["gradient_norm"] = norm(gradient)
+            if other is not None:
+                figures["gradient_difference"] = difference(gradient, other.gradient)
+            gradient = [tensor.to("cpu", copy=True) for tensor in gradient] if other is None else []
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-        if sum(seconds[1:]) > limit:
+        if step and sum(seconds[1:]) > limit:
             break
-    peak = torch.cuda.max_memory_allocated() if cuda else 0
-    return Measured(
-        1e3 * median(seconds[1:]),
-        peak / 2**20 if cuda else None,
-        (peak - before) / 2**20 if cuda else None,
-        float(norms[0]),
-    )
+    figures["step_ms"] = 1e3 * median(seconds[1:])
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+        figures |= {"peak_mib": (peak - beside) / 2**20, "step_mib": (peak - before) / 2**20}
+    return Measured(figures, gradient)
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """Euclidean norm of all entries, summed in float64."""
+    return math.sqrt(sum(float(tensor.float().square().sum(dtype=torch.float64)) for tensor in tensors))
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """|ours - theirs| / |theirs| over all entries."""
+    apart = (mine.float() - other.to(mine.device).float() for mine, other in zip(ours, theirs, strict=True))
+    return norm(apart) / norm(tensor.to(ours[0].device) for tensor in theirs)
 
 
 def step_flops(config: Any, work: Work, lora: bool) -> float:
@@ -255,87 +276,92 @@ def step_flops(config: Any, work: Work, lora: bool) -> float:
 
 def run_shape(
     name: str, cases: list[str], device: torch.device, impls: dict[str, str], repeats: int, limit: float
-) -> Iterator[dict[str, Any]]:
-    """All records of one shape: each trainer is built once and goes through its cases."""
+) -> Iterator[list[dict[str, Any]]]:
+    """The records of each case of one shape; a trainer is built when a case first needs it, and kept."""
     shape = SHAPES[name]
     config = Qwen3Config(**shape.config)
-    batches = {
-        case: (fork_join_batch if case.startswith("forkjoin") else linear_batch)(case, config.vocab_size)
-        for case in cases
-    }
-    found: dict[str, dict[str, Measured]] = {case: {} for case in cases}
-    for kind in ("stock", "units", "trie"):
-        wanted = [case for case in cases if kind == "trie" or (kind == "units") == case.startswith("forkjoin")]
-        if not wanted:
-            continue
-        trainer = build(shape, kind, device, impls.get(kind, ""))
-        for case in wanted:
+    trainers: dict[str, GRPOTrainer] = {}
+    for case in cases:
+        forks = case.startswith("forkjoin")
+        other = "units" if forks else "stock"
+        batch = (fork_join_batch if forks else linear_batch)(case, config.vocab_size)
+        found: dict[str, Measured] = {}
+        for kind in (other, "trie"):
+            if kind not in trainers:
+                trainers[kind] = build(shape, kind, device, impls.get(kind, ""))
             try:
-                found[case][kind] = measure(trainer, batches[case], repeats, limit)
-                print(f"{name} {case} {kind} {found[case][kind]}", flush=True)
+                found[kind] = measure(trainers[kind], batch, repeats, limit, found.get(other))
+                print(f"{name} {case} {kind} {found[kind].figures}", flush=True)
             except torch.OutOfMemoryError:
                 print(f"{name} {case} {kind} does not fit this device: the case is left out", flush=True)
-                trainer.model.zero_grad()
-        del trainer
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    for case, by_kind in found.items():
-        if len(by_kind) < 2:
-            continue
-        trie, (other_name, other) = by_kind.pop("trie"), *by_kind.items()
-        records = {("trie", field): value for field, value in trie._asdict().items()}
-        records |= {(other_name, field): value for field, value in other._asdict().items()}
-        sequences = batches[case].expanded
-        folded = ReasoningTrie.from_sequences(sequences.tokens, sequences.masks)
-        flop_ratio = step_flops(config, expanded_work(folded), shape.lora) / step_flops(
-            config, trie_work(folded), shape.lora
-        )
-        speedup = other.step_ms / trie.step_ms
-        records |= {
-            ("trie", "sharing_ratio"): folded.sharing_ratio,
-            ("trie", "flop_ratio"): flop_ratio,
-            ("trie", "speedup"): speedup,
-            ("trie", "sharing_efficiency"): speedup / flop_ratio,
-            ("trie", "gradient_norm_difference"): abs(trie.gradient_norm / other.gradient_norm - 1),
-        }
-        if trie.peak_mib and other.peak_mib and trie.step_mib and other.step_mib:
-            records["trie", "memory_ratio"] = other.peak_mib / trie.peak_mib
-            records["trie", "step_memory_ratio"] = other.step_mib / trie.step_mib
-        units = {"step_ms": "ms", "peak_mib": "MiB", "step_mib": "MiB"}
-        for (impl, metric), value in records.items():
-            if value is not None:
-                if impl == "trie":
-                    print(f"{name} {case} {metric} {value:.5g}", flush=True)
-                yield {
-                    "case": f"{name}/{case}",
-                    "impl": impl,
-                    "metric": metric,
-                    "value": round(value, 6),
-                    "unit": units.get(metric, ""),
-                }
+                trainers[kind].model.zero_grad()
+                break
+            finally:
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+        else:
+            yield case_records(f"{name}/{case}", config, shape.lora, batch, found[other], found["trie"], other)
+
+
+def case_records(
+    case: str, config: Any, lora: bool, batch: Batch, other: Measured, trie: Measured, other_name: str
+) -> list[dict[str, Any]]:
+    """Both sides' figures and what follows from them."""
+    folded = ReasoningTrie.from_sequences(batch.expanded.tokens, batch.expanded.masks)
+    flop_ratio = step_flops(config, expanded_work(folded), lora) / step_flops(config, trie_work(folded), lora)
+    speedup = other.figures["step_ms"] / trie.figures["step_ms"]
+    ratios = {
+        "sharing_ratio": folded.sharing_ratio,
+        "flop_ratio": flop_ratio,
+        "speedup": speedup,
+        "sharing_efficiency": speedup / flop_ratio,
+    }
+    for metric, of in (("memory_ratio", "peak_mib"), ("step_memory_ratio", "step_mib")):
+        if of in trie.figures:
+            ratios[metric] = other.figures[of] / trie.figures[of]
+    units = {"step_ms": "ms", "peak_mib": "MiB", "step_mib": "MiB"}
+    records = []
+    for impl, figures in (("trie", trie.figures | ratios), (other_name, other.figures)):
+        for metric, value in figures.items():
+            unit = units.get(metric, "")
+            records.append({"case": case, "impl": impl, "metric": metric, "value": round(value, 9), "unit": unit})
+    for metric, value in ratios.items():
+        print(f"{case} {metric} {value:.5g}", flush=True)
+    return records
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the shapes and write the results after each."""
+    """Run the shapes and write the results after each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="qwen3_4b_lora,qwen3_0.6b_full", help="comma-separated")
     parser.add_argument("--cases", help="comma-separated; default: those of the shape")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of a case")
     parser.add_argument("--seconds", type=float, default=60.0, help="no further timed step of a case after this time")
-    parser.add_argument("--impl", help="implementation of the trie run; default triton, dense with --tiny")
+    parser.add_argument("--impl", default="auto", help="implementation of the trie run")
     parser.add_argument("--tiny", action="store_true", help="toy models on the CPU")
     parser.add_argument("--out", default="grpo", help="a .json file; default benchmarks/results/grpo-<device>.json")
-    args = parser.parse_args(argv)
+    parser.add_argument("--merge", type=read_results, help="results file to add to: other (case, impl) pairs are kept")
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
     warnings.simplefilter("ignore")
     device = torch.device("cpu" if args.tiny else "cuda")
-    impls = {"trie": args.impl or ("dense" if args.tiny else "triton"), "units": "varlen"}
+    impls = {"trie": args.impl, "units": "varlen"}
     records: list[dict[str, Any]] = []
     for name in ("tiny_lora", "tiny_full") if args.tiny else args.shapes.split(","):
         cases = args.cases.split(",") if args.cases else CASES[name]
-        records += run_shape(name, cases, device, impls, args.repeats, args.seconds)
-        command = "python -m benchmarks.bench_grpo " + " ".join(sys.argv[1:] if argv is None else argv)
-        write_records(args.out, records, command=command, seed=0, device=device.type)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        used = args.impl if args.impl != "auto" else auto_choice(SHAPES[name].config, device, dtype)
+        for found in run_shape(name, cases, device, impls, args.repeats, args.seconds):
+            records += found
+            write_records(
+                *(args.out, records),
+                command=command_line("bench_grpo", words),
+                seed=0,
+                device=device.type,
+                merge=args.merge,
+                notes={"trie_attention": used},
+            )
     return 0
 
 
