@@ -22,10 +22,12 @@ def path(trie: TrieShape, row: int) -> np.ndarray:
     return torch.nonzero(trie.subtree_end[: row + 1] > row)[:, 0].numpy()
 
 
+@pytest.mark.parametrize("longest", [None, 3])
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
 @pytest.mark.parametrize("trie", TRIES, ids=str)
-def test_segments_gather_the_path_of_their_rows(trie: TrieShape, window: int | None) -> None:
-    segments = make_segments(trie.subtree_end, window)
+def test_segments_gather_the_path_of_their_rows(trie: TrieShape, window: int | None, longest: int | None) -> None:
+    segments = make_segments(trie.subtree_end, window, longest)
+    assert longest is None or segments.max_queries <= longest
     queries, keys = segments.cu_queries.tolist(), segments.cu_keys.tolist()
     key_rows = np.arange(trie.num_rows) if segments.key_rows is None else segments.key_rows.numpy()
     assert queries[0] == keys[0] == 0

@@ -25,6 +25,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from tw_kernels.trie_attention.call import AttentionCall
 from tw_kernels.trie_attention.memo import once_per_tensor
 
+# SDPA on a CPU computes masked pairs too: a chain in pieces of so many queries leaves most of the future out.
+_CPU_QUERIES = 128
 FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 
 
@@ -41,7 +43,7 @@ class Segments(NamedTuple):
     max_keys: int
 
 
-def make_segments(subtree_end: Tensor, window: int | None = None) -> Segments:
+def make_segments(subtree_end: Tensor, window: int | None = None, longest: int | None = None) -> Segments:
     """Cut a packed trie into segments and list the key rows of each one's path.
 
     With a window, rows that no query of the segment can see are left out at the path's start. Reads `subtree_end` on
@@ -50,11 +52,16 @@ def make_segments(subtree_end: Tensor, window: int | None = None) -> Segments:
     Args:
         subtree_end: Shape (N,), int32, N >= 1.
         window: As in `trie_attention`.
+        longest: Rows of a segment at most; a longer chain becomes several, each under the one before.
     """
     end = subtree_end.cpu().numpy().astype(np.int64)
     n = len(end)
     # A row continues its segment exactly when it is the only child of the row before: their subtrees end together.
-    first = np.flatnonzero(np.concatenate([[True], end[1:] != end[:-1]]))  # (S,)
+    starts = np.concatenate([[True], end[1:] != end[:-1]])  # (N,)
+    if longest is not None:
+        row = np.arange(n)
+        starts |= (row - np.maximum.accumulate(np.where(starts, row, 0))) % longest == 0
+    first = np.flatnonzero(starts)  # (S,)
     last = np.append(first[1:], n)  # (S,) one past the segment's last row
     lengths = last - first
     parent = _parents(first, end[first])
@@ -166,8 +173,9 @@ def varlen_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     Returns:
         out (N, H, Dv) and lse (H, N) float32; on a CPU lse is None unless `call.with_lse`.
     """
+    longest = None if call.q.device.type == "cuda" else _CPU_QUERIES
     segments = once_per_tensor(
-        call.subtree_end, ("segments", call.window), lambda alias: make_segments(alias, call.window)
+        call.subtree_end, ("segments", call.window), lambda alias: make_segments(alias, call.window, longest)
     )
     k, v = call.k, call.v
     if segments.key_rows is not None:

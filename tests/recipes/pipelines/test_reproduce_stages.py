@@ -1,6 +1,8 @@
 """Stages of `reproduce`: done once, gone on with after a kill, remade when settings change; rows."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.reproduce import rows
 from tw_recipes.pipelines.reproduce.command import settings_of
 from tw_recipes.pipelines.reproduce.settings import PRESETS, Settings, Training, fingerprint
-from tw_recipes.pipelines.reproduce.stages import StageError, Stages
+from tw_recipes.pipelines.reproduce.stages import Stage, StageError, Stages, seconds_in
 from tw_recipes.sft.rows import row_to_trie
 from tw_recipes.tasks import get_task
 
@@ -33,6 +35,31 @@ def test_a_stage_is_made_once_and_again_for_other_settings(tmp_path: Path) -> No
     assert first == again
     assert first.folder != other.folder
     assert json.loads((first.folder / "stage.json").read_text())["depends_on"] == {"seed": 0}
+
+
+def test_a_stage_that_another_works_at_is_waited_for(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> dict[str, Any]:
+        begun.set()
+        assert go_on.wait(60)
+        return {"made": "there"}
+
+    with ThreadPoolExecutor(2) as pool:
+        there = pool.submit(Stages(tmp_path).run, "sft", {}, slow)
+        assert begun.wait(60)
+        here = pool.submit(Stages(tmp_path).run, "sft", {}, lambda folder: {"made": "here"})
+        with pytest.raises(TimeoutError):
+            here.result(0.1)
+        go_on.set()
+        assert here.result(60) == there.result(60)
+    assert here.result().figures == {"made": "there"}
+
+
+def test_seconds_in_which_a_stage_was_made_count_once() -> None:
+    spans = [(10.0, 5.0), (12.0, 1.0), (14.0, 4.0), (100.0, 2.0)]
+    assert seconds_in(Stage("", "", Path(), {}, began, seconds, 0.0) for began, seconds in spans) == 10.0
+    assert seconds_in([]) == 0.0
 
 
 def test_a_stage_that_was_killed_is_made_again_in_its_folder(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def settings_of(
 
 
 def _both_at_once(settings: Settings, out: Path, minutes: float | None) -> None:
-    """One process a side, one thread each; their results are the stages' files."""
+    """One process a side, one thread each, for all but the wall clocks; their results are the stages' files."""
     file = out / "settings.json"
     file.write_text(json.dumps(settings.as_json(), indent=1) + "\n", encoding="utf-8")
     left = [] if minutes is None else [f"{minutes:.3f}"]

@@ -15,7 +15,7 @@ from tw_recipes.pipelines.report import versions
 from tw_recipes.pipelines.reproduce import plots
 from tw_recipes.pipelines.reproduce.settings import Settings
 from tw_recipes.pipelines.reproduce.sides import SideResult
-from tw_recipes.pipelines.reproduce.stages import Stage
+from tw_recipes.pipelines.reproduce.stages import Stage, seconds_in
 from tw_recipes.rollout import read_trajectories
 from tw_recipes.viewer import page, trajectory_html
 
@@ -36,12 +36,10 @@ def collect(settings: Settings, start: Stage, sides: Mapping[str, SideResult]) -
                 _stage(trained, evaluated) for trained, evaluated in zip(side.trained, side.evaluated, strict=True)
             ],
             "seconds_per_problem": clocks[name],
-            "seconds": round(sum(s.seconds for s in (*side.trained, *side.evaluated, side.clock)), 1),
-            "cpu_seconds": round(sum(s.cpu_seconds for s in (*side.trained, *side.evaluated, side.clock)), 1),
         }
         for name, side in sides.items()
     }
-    together = max if settings.at_once else sum
+    made = [start, *sides["sequential"].all, *sides["forkjoin"].all]
     return {
         "settings": settings.as_json(),
         "versions": versions(),
@@ -53,8 +51,8 @@ def collect(settings: Settings, start: Stage, sides: Mapping[str, SideResult]) -
             "per_problem": each,
             "wall": {batch: clocks["sequential"][batch] / clocks["forkjoin"][batch] for batch in clocks["forkjoin"]},
         },
-        "seconds": round(start.seconds + together(side["seconds"] for side in found.values()), 1),
-        "cpu_seconds": round(start.cpu_seconds + together(side["cpu_seconds"] for side in found.values()), 1),
+        "seconds": round(seconds_in(made), 1),
+        "cpu_seconds": round(sum(stage.cpu_seconds for stage in made), 1),
     }
 
 
@@ -204,7 +202,7 @@ def intro(results: Mapping[str, Any]) -> str:
         f"Task `{settings['task']}`, seed {settings['seed']}, a model of {results['start']['parameters']:,} parameters "
         f"from scratch on {settings['device']}; {settings['evaluation']['problems']} held-out problems that no "
         f"training set holds, temperature {settings['evaluation']['temperature']:g}. Changed from the "
-        f"method: {chosen}. {results['seconds']:.0f} s in all, {results['cpu_seconds']:.0f} s of them on the CPU."
+        f"method: {chosen}. {results['seconds']:.0f} s in all, {results['cpu_seconds']:.0f} s of CPU time."
     )
 
 

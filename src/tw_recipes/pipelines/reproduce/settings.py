@@ -52,7 +52,7 @@ class Training:
 
     batch: int = 8
     start_steps: int = 800
-    steps: int = 600
+    steps: int = 560
     retained_share: float = 0.1
     mixed_steps: int = 100
     sequential_share: float = 0.4
@@ -98,7 +98,7 @@ class Reinforcement:
         std_normalisation: Ablation: divide advantages by the standard deviation of the group.
     """
 
-    steps: int = 28
+    steps: int = 22
     prompts: int = 8
     generations: int = 4
     lr: float = 7e-4
@@ -124,7 +124,7 @@ class Evaluation:
     temperature: float = 0.6
     top_p: float = 0.95
     batches: tuple[int, ...] = (1, 4, 16)
-    timed: int = 8
+    timed: int = 5
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Settings:
         seed: Of problems, weights, training and sampling.
         device: Where models run.
         threads: CPU threads of a process that works alone. Two sides at once take one each.
-        at_once: Whether both sides run at the same time, each in a process.
+        at_once: Whether both sides run at the same time, each in a process of one thread.
     """
 
     task: str = "products"

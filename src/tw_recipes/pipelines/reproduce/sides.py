@@ -3,15 +3,15 @@
     sft ─► mixed ─► self_training_1 … ─► rl     each followed by a stage that decodes and grades held-out problems
                                           └─► wall_clock
 
-Both sides see the same problems in the same number of steps. As a program this module makes one side's stages on one
-thread, so that two sides use two cores; every result is in the stages' files.
+Both sides see the same problems in the same number of steps. As a program this module trains one side on one thread, so
+that two sides use two cores, and evaluates whatever is trained; every result is in the stages' files.
 Tests: tests/recipes/pipelines/test_reproduce.py.
 """
 
 import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,21 +51,29 @@ class SideResult:
     """The stages of one side.
 
     Attributes:
-        supervised: Stages of supervised training, in order: sft, mixed, self_training_….
-        reinforced: The stage of reinforcement learning, if there is one.
+        trained: Stages that trained a model, in order: sft, mixed, self_training_…, rl.
         evaluated: The evaluation of each of them.
         clock: Wall clock of the last one.
     """
 
-    supervised: tuple[Stage, ...]
-    reinforced: tuple[Stage, ...]
+    trained: tuple[Stage, ...]
     evaluated: tuple[Stage, ...]
     clock: Stage
 
     @property
-    def trained(self) -> tuple[Stage, ...]:
-        """All stages that trained a model, in order."""
-        return self.supervised + self.reinforced
+    def supervised(self) -> tuple[Stage, ...]:
+        """Those of supervised training."""
+        return tuple(stage for stage in self.trained if stage not in self.reinforced)
+
+    @property
+    def reinforced(self) -> tuple[Stage, ...]:
+        """The one of reinforcement learning, if there is one."""
+        return tuple(stage for stage in self.trained if stage.name.endswith("-rl"))
+
+    @property
+    def all(self) -> tuple[Stage, ...]:
+        """Every stage of the side."""
+        return (*self.trained, *self.evaluated, self.clock)
 
 
 class Worker:
@@ -112,16 +120,30 @@ class Worker:
 
     def side(self, side: Side) -> SideResult:
         """Every stage of one side."""
-        training = self.settings.training
-        supervised = [self._sft(side)]
-        if training.mixed_steps:
-            supervised.append(self._mixed(side, supervised[-1]))
-        for round in range(self.settings.self_training.rounds):
-            supervised.append(self._self_training(side, round, supervised[-1]))
-        reinforced = [self._reinforcement(side, supervised[-1])] if self.settings.reinforcement.steps else []
-        trained = [*supervised, *reinforced]
+        trained = tuple(self._trained(side))
         evaluated = tuple(self._evaluation(side, stage) for stage in trained)
-        return SideResult(tuple(supervised), tuple(reinforced), evaluated, self._clock(side, trained[-1]))
+        return SideResult(trained, evaluated, self._clock(side, trained[-1]))
+
+    def share(self, side: Side) -> None:
+        """Train one side beside a process that trains the other, and evaluate what is not evaluated yet of both."""
+        for stage in reversed(list(self._trained(side))):
+            self._evaluation(side, stage)
+        (other,) = set(rows.SIDES) - {side}
+        for stage in self._trained(other):
+            self._evaluation(other, stage)
+
+    def _trained(self, side: Side) -> Iterator[Stage]:
+        """The stages that train one side, each when it is done."""
+        stage = self._sft(side)
+        yield stage
+        if self.settings.training.mixed_steps:
+            stage = self._mixed(side, stage)
+            yield stage
+        for round in range(self.settings.self_training.rounds):
+            stage = self._self_training(side, round, stage)
+            yield stage
+        if self.settings.reinforcement.steps:
+            yield self._reinforcement(side, stage)
 
     def _sft(self, side: Side) -> Stage:
         settings, training = self.settings, self.settings.training
@@ -356,7 +378,7 @@ class Worker:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`SETTINGS.json OUT SIDE THREADS [MINUTES]`: make one side's stages. Started by `reproduce`, not by users."""
+    """`SETTINGS.json OUT SIDE THREADS [MINUTES]`: see `Worker.share`. Started by `reproduce`, not by users."""
     settings = Settings.from_json(json.loads(Path(argv[0]).read_text(encoding="utf-8")))
     side = next(name for name in rows.SIDES if name == argv[2])
     torch.set_num_threads(int(argv[3]))
@@ -364,7 +386,7 @@ def main(argv: Sequence[str]) -> int:
     minutes = float(argv[4]) if len(argv) > 4 else None
     stages = Stages(Path(argv[1]), minutes=minutes, around=told)
     try:
-        quietly(Worker(settings, stages).side)(side)
+        quietly(Worker(settings, stages).share)(side)
     except OutOfTime as pause:
         print(pause, file=sys.stderr)
         return OUT_OF_TIME

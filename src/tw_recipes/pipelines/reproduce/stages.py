@@ -1,15 +1,17 @@
 """A stage: a folder named by what it depends on, and a stage.json that says it is done.
 
     with the same settings a second run reads every stage.json; with others it makes new folders beside the old ones,
-    and stages that do not depend on the difference are read, not made again
+    and stages that do not depend on the difference are read, not made again; a stage that another process works at is
+    waited for (its folder is locked)
 
 Tests: tests/recipes/pipelines/test_reproduce_stages.py.
 """
 
+import fcntl
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from tw_recipes.pipelines.reproduce.settings import fingerprint
 
 OUT_OF_TIME = 3
 """Exit status of a run that stopped because its time was used up."""
+
+_TIMES = ("began", "seconds", "cpu_seconds")
 
 Work = Callable[[Path], dict[str, Any]]
 """Does the work of a stage in its folder and returns the figures."""
@@ -47,14 +51,16 @@ class Stage:
         key: Fingerprint of everything that it depends on.
         folder: Its files.
         figures: What it found.
-        seconds: Its wall clock when it was made; of the last run that worked at it.
-        cpu_seconds: Time of the process on the CPU meanwhile: the wall clock of one thread on a machine that is free.
+        began: When the last run that worked at it began, in seconds since 1970.
+        seconds: Its wall clock from there.
+        cpu_seconds: Time of the process on the CPU meanwhile.
     """
 
     name: str
     key: str
     folder: Path
     figures: dict[str, Any]
+    began: float
     seconds: float
     cpu_seconds: float
 
@@ -93,7 +99,7 @@ class Stages:
         return Checkpoints(folder, deadline=self.deadline)
 
     def run(self, name: str, depends_on: Mapping[str, Any], work: Work) -> Stage:
-        """The stage, made now unless it is there.
+        """The stage, made now unless it is there or another process makes it.
 
         Args:
             name: Of the stage; its folder is "<name>-<key>".
@@ -107,26 +113,38 @@ class Stages:
         key = fingerprint({"name": name, "depends_on": dict(depends_on)})
         folder = self.out / "stages" / f"{name}-{key}"
         file = folder / "stage.json"
-        if file.is_file():
-            content = json.loads(file.read_text(encoding="utf-8"))
-            return Stage(name, key, folder, content["figures"], content["seconds"], content["cpu_seconds"])
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise OutOfTime(f"the time is used up before the stage {name}; run the same command again to go on")
         folder.mkdir(parents=True, exist_ok=True)
-        began, busy = time.perf_counter(), time.process_time()
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+            if not file.is_file():
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    raise OutOfTime(f"the time is used up before the stage {name}; run the same command again to go on")
+                self._make(name, dict(depends_on), work, file)
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return Stage(name, key, folder, **{part: content[part] for part in ("figures", *_TIMES)})
+
+    def _make(self, name: str, depends_on: dict[str, Any], work: Work, file: Path) -> None:
+        clock, began, busy = time.time(), time.perf_counter(), time.process_time()
         try:
             with self.around(name):
-                figures = work(folder)
+                figures = work(file.parent)
         except OutOfTime:
             raise
         except Exception as error:
             raise StageError(f"stage {name} failed: {type(error).__name__}: {error}") from error
-        took = {
-            "seconds": round(time.perf_counter() - began, 2),
-            "cpu_seconds": round(time.process_time() - busy, 2),
-        }
-        content = {"name": name, "depends_on": dict(depends_on), "figures": figures, **took}
+        took = (clock, time.perf_counter() - began, time.process_time() - busy)
+        times = {part: round(value, 2) for part, value in zip(_TIMES, took, strict=True)}
+        content = {"name": name, "depends_on": depends_on, "figures": figures, **times}
         half = file.with_suffix(".part")
         half.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         half.replace(file)  # a kill leaves a stage done or not done
-        return Stage(name, key, folder, json.loads(json.dumps(figures)), **took)
+
+
+def seconds_in(stages: Iterable[Stage]) -> float:
+    """Seconds in which at least one of the stages was being made."""
+    total, until = 0.0, 0.0
+    for stage in sorted(stages, key=lambda stage: stage.began):
+        ended = stage.began + stage.seconds
+        total += max(0.0, ended - max(stage.began, until))
+        until = max(until, ended)
+    return total
