@@ -1,7 +1,7 @@
 """What decoding costs and gains: the decoder's own time, fork/join against sequential text, in tokens and by the clock.
 
     python -m benchmarks.bench_decoding overhead quickstart --models DIR     one CPU core; DIR made by the quickstart
-    python -m benchmarks.bench_decoding forced --seconds 20 --out FILE.json  on a GPU, two to three minutes
+    python -m benchmarks.bench_decoding forced --seconds 15 --out FILE.json  on a GPU, two to three minutes
 
 overhead    a scripted engine that answers at once: calls per second of the whole decoder
 quickstart  both models of a quickstart, 1 and 16 problems at a time, each its own response
