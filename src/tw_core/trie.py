@@ -121,7 +121,7 @@ class ReasoningTrie:
         """
         sequences, masks = [], []
         for i, unit in enumerate(units):
-            pair = tuple(unit)
+            pair = tuple(unit) if isinstance(unit, Iterable) else (unit,)
             if len(pair) != 2:
                 raise TrieError(
                     f"units[{i}] must be a pair (context, completion), got {len(pair)} parts; join them first"

@@ -255,6 +255,7 @@ def test_bad_masks_are_named(masks: Any, error: type[Exception], message: str) -
     [
         ([], r"units is empty; pass at least one unit"),
         ([([1], [2]), ([], [])], r"units\[1\] is empty; drop it"),
+        ([7], r"units\[0\] must be a pair \(context, completion\), got 1 parts"),
         ([([1], [2], [3])], r"units\[0\] must be a pair \(context, completion\), got 3 parts"),
         ([([1], [-2])], r"units\[0\]\.completion must not be negative, got -2"),
         ([([1.5], [2])], r"units\[0\]\.context must hold integers, got dtype float64"),

@@ -9,6 +9,7 @@ may be mixed, flags win. The model is one that has seen fork/join text (`threadw
 Tests: tests/recipes/grpo/test_pgrpo_command.py.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,6 +142,6 @@ def main(argv: Sequence[str]) -> int:
         script, args, model_args = parser.parse_args_and_config(list(argv))
         run_grpo(script, args, model_args)
     except (ThreadWeaverError, OSError, ValueError, KeyError) as error:
-        print(f"threadweaver grpo: {error}")
+        print(f"threadweaver grpo: {error}", file=sys.stderr)
         return 1
     return 0

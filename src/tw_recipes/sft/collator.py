@@ -52,6 +52,8 @@ class TrieCollator:
 
     Raises:
         BudgetError: The rows of one batch exceed `max_tokens`.
+        ShapeError: A batch without a row, or without a target.
+        ValueError: `pad_to_multiple_of` is below 1.
     """
 
     tokenizer: Any = None
@@ -59,8 +61,14 @@ class TrieCollator:
     pad_to_multiple_of: int | None = None
     count_logical_tokens: bool = False
 
+    def __post_init__(self) -> None:
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be >= 1, got {self.pad_to_multiple_of}; None pads nothing")
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Collate dataset rows; see the class and the module docstring."""
+        if not rows:
+            raise ShapeError("rows is empty; pass at least one row of a data set")
         parts = [self._columns(row) for row in rows]
         lengths = [len(part["input_ids"]) for part in parts]
         total = sum(lengths)

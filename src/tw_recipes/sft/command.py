@@ -8,15 +8,18 @@ Options are those of `TrieSFTConfig`, TRL's `ModelConfig` and `SFTScriptArgument
 may be mixed, flags win.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from trl import ModelConfig, TrlParser
 from trl.trainer.utils import get_peft_config
 
 from tw_core.errors import ThreadWeaverError
+from tw_recipes.data import RowReadError, iter_rows
 from tw_recipes.model_files import load_with_tags, model_options, placement, save_trained
 from tw_recipes.sft.config import TrieSFTConfig
 from tw_recipes.sft.trainer import TrieSFTTrainer
@@ -51,13 +54,16 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
 
     Raises:
         FileNotFoundError: `name` looks like a file and does not exist.
-        ValueError: The saved data set has no such split.
+        ValueError: The file cannot be read (the message names the line), or the saved data set has no such split.
     """
     path = Path(name)
     if path.suffix in _READERS:
         if not path.is_file():
             raise FileNotFoundError(f"dataset_name={name!r} does not exist; give the path of a JSONL or Parquet file")
-        return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        try:
+            return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
+        except (DatasetGenerationError, StopIteration) as error:  # the latter for a file without a row
+            raise ValueError(f"dataset_name={name!r} cannot be read: {_fault(path, error)}; repair it") from error
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         loaded = load_from_disk(name)
         if isinstance(loaded, DatasetDict):
@@ -68,6 +74,17 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
             return loaded[split]
         return loaded
     return load_dataset(name, config, split=split)
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """The first row that cannot be read, with its line; what `datasets` says where each row can be read alone."""
+    if path.suffix != ".json":
+        try:
+            if not sum(1 for _ in iter_rows(path, ())):
+                return "it has no row"
+        except RowReadError as problem:
+            return str(problem.bad)
+    return str(error.__cause__ or error)
 
 
 def run_sft(script: SFTScriptArguments, args: TrieSFTConfig, model_args: ModelConfig) -> TrieSFTTrainer:
@@ -98,10 +115,10 @@ def run_sft(script: SFTScriptArguments, args: TrieSFTConfig, model_args: ModelCo
 def main(argv: Sequence[str]) -> int:
     """Parse flags and YAML, train, and return the exit status."""
     parser = TrlParser((SFTScriptArguments, TrieSFTConfig, ModelConfig), prog="threadweaver sft")
-    script, args, model_args = parser.parse_args_and_config(list(argv))
     try:
+        script, args, model_args = parser.parse_args_and_config(list(argv))
         run_sft(script, args, model_args)
-    except (ThreadWeaverError, FileNotFoundError) as error:
-        print(f"threadweaver sft: {error}")
+    except (ThreadWeaverError, OSError, ValueError) as error:
+        print(f"threadweaver sft: {error}", file=sys.stderr)
         return 1
     return 0

@@ -108,8 +108,11 @@ def prepare_dataset(
         The packed data set and its statistics.
 
     Raises:
-        RowError: Unknown columns, or an invalid sample without `drop_invalid`, or nothing is left.
+        RowError: Unknown columns, no row, an invalid sample without `drop_invalid`, or nothing is left.
+        ValueError: `max_tokens` is no number of rows.
     """
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"max_tokens must be an int >= 1 (the rows of a forest), got {max_tokens!r}; e.g. 16384")
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             "dataset must be a map-style datasets.Dataset, got an IterableDataset; load it without streaming"
@@ -120,6 +123,8 @@ def prepare_dataset(
         if tokenizer is None:
             raise RowError("tokenizer", "rows of text or messages need a tokenizer; pass processing_class or tokenizer")
         require_tag_tokens(tokenizer)
+    if not len(dataset):
+        raise RowError("empty", "the data set has no row; check the file and the split")
     packed = dataset.map(
         _pack_batch,
         batched=True,

@@ -58,13 +58,17 @@ def row_to_trie(row: Mapping[str, Any], tokenizer: Any = None) -> ReasoningTrie:
     if kind == "sequences":
         trie = ReasoningTrie.from_sequences(row["sequences"], row.get("loss_masks"))
     elif kind == "units":
-        trie = ReasoningTrie.from_units([Unit(*pair) for pair in row["units"]])
+        trie = ReasoningTrie.from_units(row["units"])
     else:
         if tokenizer is None:
             raise RowError("tokenizer", f"rows with {kind!r} need a tokenizer; pass one to the collator or trainer")
         if kind == "messages":
             turns = chat_turns(row["messages"], tokenizer, row.get("tools"))
         else:
+            for name in ("prompt", "text"):
+                if not isinstance(row[name], str):
+                    got = type(row[name]).__name__
+                    raise RowError(name, f"{name} must be a string, got {got}; a chat goes into the column messages")
             turns = [(row["prompt"], row["text"])]
         trie = ReasoningTrie.from_units(
             [unit for prompt, text in turns for unit in text_units(prompt, text, tokenizer)]
@@ -95,14 +99,24 @@ def chat_turns(messages: list[Mapping[str, Any]], tokenizer: Any, tools: Any = N
 
     The context is what the chat template gives an inference engine before that turn, so templates that drop the
     reasoning of earlier turns are trained as they are used; the trie shares what the contexts share.
+
+    Raises:
+        RowError: The messages are no turns with roles, hold no assistant turn, or their template refuses them.
     """
+    if not all(isinstance(message, Mapping) and "role" in message and "content" in message for message in messages):
+        raise RowError("messages", "messages must be a list of turns {role, content}; repair the row")
     turns = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(
-            messages[:index], tools=tools, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            prompt = tokenizer.apply_chat_template(
+                messages[:index], tools=tools, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # whatever a template raises: roles that do not alternate, nothing to answer
+            raise RowError(
+                "chat_template", f"the chat template refuses the {index} turns before an assistant turn: {error}"
+            ) from error
         text = message["content"]
         if not isinstance(text, str):
             raise RowError("content", f"the content of an assistant turn must be a string, got {type(text).__name__}")

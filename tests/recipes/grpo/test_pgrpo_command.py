@@ -79,7 +79,7 @@ def test_errors_end_with_status_one(job, capsys):
         (["--grader", "llm"], 'grader must be "math" or "exact"'),
     ):
         assert main(["--config", config, *QUICK, *flags]) == 1
-        assert message in capsys.readouterr().out
+        assert message in capsys.readouterr().err
 
 
 def test_prompts_become_chats_with_the_instruction(job):

@@ -61,3 +61,7 @@ def test_bad_batches_are_refused():
         TrieCollator()([{"question": "?"}])
     with pytest.raises(ValueError, match="rows with 'text' need a tokenizer"):
         TrieCollator()([{"prompt": "a", "text": "b"}])
+    with pytest.raises(ShapeError, match="rows is empty; pass at least one row"):
+        TrieCollator()([])
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be >= 1, got 0"):
+        TrieCollator(pad_to_multiple_of=0)

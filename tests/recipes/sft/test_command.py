@@ -85,8 +85,18 @@ def test_parquet_folders_and_missing_files(tmp_path):
 def test_errors_end_with_status_one(job, capsys):
     (job / "data.jsonl").write_text('{"question": "a"}\n')
     assert main(["--config", str(job / "job.yaml")]) == 1
-    assert "expected columns" in capsys.readouterr().out
-    assert main(["--config", str(job / "job.yaml"), "--dataset_name", "nowhere.jsonl"]) == 1
+    assert "expected columns" in capsys.readouterr().err
+    (job / "broken.jsonl").write_text('{"prompt": "a", "text": "b"}\n{"prompt": \n')
+    (job / "none.jsonl").write_text("")
+    for flags, message in (
+        (["--dataset_name", "nowhere.jsonl"], "does not exist"),
+        (["--dataset_name", str(job / "broken.jsonl")], "broken.jsonl, line 2: expected one JSON object"),
+        (["--dataset_name", str(job / "none.jsonl")], "cannot be read: it has no row; repair it"),
+        (["--max_length", "0"], "max_tokens must be an int >= 1"),
+        (["--packing", "true"], "packing must be off in TrieSFTConfig"),
+    ):
+        assert main(["--config", str(job / "job.yaml"), *flags]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["qwen3_8b_8gpus.yaml", "qwen3_8b_lora_1gpu.yaml"])

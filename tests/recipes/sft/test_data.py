@@ -161,6 +161,37 @@ def test_bad_data_sets_are_refused(tokenizer):
         prepare_dataset(IterableDataset.from_generator(lambda: iter(FORK_ROWS)), tokenizer, max_tokens=10)
     with pytest.raises(RowError, match="no assistant turn"):
         row_to_trie({"messages": [{"role": "user", "content": "hi"}]}, tokenizer)
+    with pytest.raises(RowError, match="the data set has no row; check the file and the split"):
+        prepare_dataset(rows.select([]), tokenizer, max_tokens=10)
+    with pytest.raises(ValueError, match=r"max_tokens must be an int >= 1 .*, got None"):
+        prepare_dataset(rows, tokenizer, max_tokens=None)
     empty = Dataset.from_dict({"sequences": [[[4, 5]]], "loss_masks": [[[0, 0]]]})
     with pytest.raises(RowError, match="no_targets 1"):
         prepare_dataset(empty, max_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "chat_template", "refuses the 0 turns before"),
+        ({"messages": [{"content": "a"}]}, "messages", "must be a list of turns"),
+        ({"messages": "a"}, "messages", "must be a list of turns"),
+        ({"prompt": [{"role": "user", "content": "q"}], "text": "a"}, "prompt", "prompt must be a string, got list"),
+        ({"prompt": "q", "text": 7}, "text", "text must be a string, got int"),
+    ],
+)
+def test_a_bad_row_is_a_row_error(tokenizer, row, kind, message):
+    with pytest.raises(RowError, match=message) as found:
+        row_to_trie(row, tokenizer)
+    assert found.value.kind == kind
+
+
+def test_bad_rows_among_good_ones_are_dropped_and_counted(tokenizer):
+    """A unit that is no pair, and a chat that its template refuses, ended the run whatever drop_invalid said."""
+    units = Dataset.from_dict({"units": [[[[4], [5]]], [[[4]]]]})
+    _, statistics = prepare_dataset(units, max_tokens=10, drop_invalid=True)
+    assert statistics.problems == {"TrieError": 1}
+    question, answer = ({"role": role, "content": "a"} for role in ("user", "assistant"))
+    chats = Dataset.from_dict({"messages": [[question, answer], [answer]]})
+    _, statistics = prepare_dataset(chats, tokenizer, max_tokens=100, drop_invalid=True)
+    assert statistics.problems == {"chat_template": 1}
