@@ -263,6 +263,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(r["case"] for r in records if r["metric"] == "loss_max_relative_difference"))
+    if not names:
+        return
     figure, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 5), squeeze=False, height_ratios=(3, 1))
     for column, name in enumerate(names):
         curves = {impl: curve(records, name, impl) for impl in ("trie", "expanded")}
@@ -279,7 +281,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the cases, write DIR/sft-<device>.json after each step, and plot the loss curves after each kind."""
+    """Run the cases, write DIR/sft-<device>.json after each step, and plot the loss curves, cut or not."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
     parser.add_argument("--steps", type=int, help="optimizer steps of every case")
@@ -298,20 +300,22 @@ def main(argv: list[str] | None = None) -> int:
     label, command = device_slug(device.type), command_line("bench_sft", words)
     kept = args.merge["records"] if args.merge and args.reuse else []
     finished: list[dict[str, Any]] = []
-    for name, case in cases.items():
-        used = args.impl if args.impl != "auto" else auto_choice(case.config, device, DTYPES[device.type])
-        impls, notes = {"trie": args.impl, "expanded": "varlen"}, {"trie_attention": used}
-        so_far: list[dict[str, Any]] = []
-        for so_far in run_case(name, case, impls, device, args.row_budget, kept):
-            write_records(
-                *(args.out / f"sft-{label}.json", finished + so_far),
-                **{"command": command, "seed": 0, "device": device.type, "merge": args.merge, "notes": notes},
-            )
-        finished += so_far
-        for r in so_far:
-            if "_step_" not in r["metric"]:
-                print(f"{name} {r['impl']} {r['metric']} {r['value']:.5g} {r['unit']}", flush=True)
-    plot(merge_records(args.merge, finished), args.out / f"sft_loss-{label}.png")
+    so_far: list[dict[str, Any]] = []
+    try:
+        for name, case in cases.items():
+            used = args.impl if args.impl != "auto" else auto_choice(case.config, device, DTYPES[device.type])
+            impls, notes = {"trie": args.impl, "expanded": "varlen"}, {"trie_attention": used}
+            for so_far in run_case(name, case, impls, device, args.row_budget, kept):
+                write_records(
+                    *(args.out / f"sft-{label}.json", finished + so_far),
+                    **{"command": command, "seed": 0, "device": device.type, "merge": args.merge, "notes": notes},
+                )
+            finished, so_far = finished + so_far, []
+            for r in finished:
+                if r["case"] == name and "_step_" not in r["metric"]:
+                    print(f"{name} {r['impl']} {r['metric']} {r['value']:.5g} {r['unit']}", flush=True)
+    finally:
+        plot(merge_records(args.merge, finished + so_far), args.out / f"sft_loss-{label}.png")
     return 0
 
 

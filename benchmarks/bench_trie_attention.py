@@ -293,7 +293,7 @@ def first_call(impl: str, device: str, heads: tuple[int, int, int], dtype: torch
 def ratios(records: list[dict[str, Any]], own: set[tuple[str, str]]) -> tuple[list[dict[str, Any]], list[str]]:
     """Ratios that `records` lack, and the names of those with one side alone among the pairs `own` of this run.
 
-    A ratio that stands among the records stays: its sides were measured in the same rounds.
+    A ratio that stands among the records stays as its own run gave it, from the same rounds wherever that run could.
     """
     value = {(row["case"], row["impl"], row["metric"]): row["value"] for row in records}
     for case, impl in [(case, impl) for case, impl, metric in value if metric == "fwd_ms"]:

@@ -38,6 +38,7 @@ def test_a_run_that_was_cut_goes_on(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         main([*words, "--row-budget", "200"])
     first = json.loads(path.read_text())["records"]
+    assert (tmp_path / "sft_loss-cpu.png").stat().st_size > 1000
     assert [len(curve(first, "tiny", impl)) for impl in ("trie", "expanded")] == [2, 1]
     assert {r["metric"]: r["value"] for r in first}["steps_compared"] == 1
     monkeypatch.setattr(bench_sft, "train", trained)
