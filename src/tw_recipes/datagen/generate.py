@@ -86,6 +86,14 @@ class EndpointOptions:
         if self.max_cost is not None and not priced <= set(self.prices):
             missing = ", ".join(sorted(priced - set(self.prices)))
             raise ValueError(f"max_cost needs the prices of every model, {missing} has none; set prices")
+        if self.attempts < 1 or not self.timeout_s > 0:
+            raise ValueError(f"attempts must be >= 1 and timeout_s > 0, got {self.attempts} and {self.timeout_s}")
+        try:
+            fields = json.loads(self.extra)
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise ValueError(f'extra must be a JSON object, got {self.extra!r}; e.g. \'{{"reasoning_effort": "low"}}\'')
 
     @property
     def annotators(self) -> Models:
@@ -141,6 +149,10 @@ class JobOptions:
     shard_size: int = 1000
     worker: int = 0
     workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}; leave it out for all rows")
 
     def settings(self) -> dict[str, Any]:
         """What records depend on: not the place, the speed, the budget or the mix."""

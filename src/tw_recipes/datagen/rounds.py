@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from tw_recipes.data import iter_rows
 from tw_recipes.datagen.generate import make_grader
 from tw_recipes.datagen.mix import Format, MixOptions, count_rows, dataset_row, read_dataset, write_parquet
 from tw_recipes.datagen.reasons import DatagenError
@@ -164,7 +165,7 @@ def self_train_rounds(
         on_round: Called after every round.
 
     Raises:
-        DatagenError: A round kept nothing, or training failed.
+        DatagenError: A problem has no answer, a round kept nothing, or training failed.
         RolloutFileError: A folder is of other settings.
     """
     results, model = [], options.engine.model
@@ -196,6 +197,12 @@ def _round(
     make_engine: Callable[[str], Engine] | None,
 ) -> RoundResult:
     path = folder / "trajectories.jsonl"
+    for place, row in enumerate(iter_rows(options.problems, (options.column,)), 1):
+        if row.get(options.answer_column) is None:  # said now, not when everything is decoded
+            raise DatagenError(
+                f"{options.problems}, row {place} has no answer in {options.answer_column!r}, its columns are "
+                f"{', '.join(row)}; set answer_column, or drop the row"
+            )
     summary = run_rollout(
         RolloutOptions(
             options.problems,

@@ -131,7 +131,7 @@ def judge(
         while chunk := list(islice(source, _CHUNK)):
             reasons = [_shape_problem(row, end, nested, seen) for row in chunk]
             graded = threads.map(
-                lambda pair: None if pair[1] else grader.grade(_response(pair[0], end), pair[0]["answer"]),
+                lambda pair: None if pair[1] else grader.grade(_response(pair[0], end), str(pair[0]["answer"])),
                 zip(chunk, reasons, strict=True),
             )
             for row, reason, grade in zip(chunk, reasons, graded, strict=True):
@@ -204,7 +204,7 @@ def training_row(row: Mapping[str, Any], candidate: Candidate, end: str = "") ->
         "id": candidate.key,
         "prompt": row["prompt"],
         "text": _response(row, end),
-        "answer": row["answer"],
+        "answer": str(row["answer"]),
         "source": "self_training",
         "acceleration": candidate.acceleration,
     }

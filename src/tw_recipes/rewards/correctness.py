@@ -25,19 +25,21 @@ class Judge:
         self.memory = memory
         self._known: OrderedDict[tuple[str, str], Grade] = OrderedDict()
 
-    def grades(self, responses: Sequence[str], answers: Sequence[str | None]) -> list[Grade | None]:
+    def grades(self, responses: Sequence[str], answers: Sequence[Any]) -> list[Grade | None]:
         """Grades in order; None where there is no reference answer.
 
         Args:
             responses: What the model wrote, without the prompt; the text after `</think>` counts.
-            answers: Reference answers, one a response.
+            answers: Reference answers, one a response; numbers are read as they are written.
 
         Raises:
             ValueError: There are not as many answers as responses.
         """
         if len(responses) != len(answers):
             raise ValueError(f"answers must have one entry per response ({len(responses)}), got {len(answers)}")
-        pairs = [None if answer is None else (text, answer) for text, answer in zip(responses, answers, strict=True)]
+        pairs = [
+            None if answer is None else (text, str(answer)) for text, answer in zip(responses, answers, strict=True)
+        ]
         new = list(dict.fromkeys(pair for pair in pairs if pair is not None and pair not in self._known))
         for pair, grade in zip(new, self._grade(new), strict=True):
             self._known[pair] = grade

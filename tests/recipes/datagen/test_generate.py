@@ -207,6 +207,13 @@ def test_options_that_cannot_be_are_refused():
         EndpointOptions("m", models={"title": "n"})
     with pytest.raises(ValueError, match="max_cost needs the prices of every model, m has none"):
         EndpointOptions("m", max_cost=1.0)
+    for extra in ("{", "[1]"):
+        with pytest.raises(ValueError, match="extra must be a JSON object, got"):
+            EndpointOptions("m", extra=extra)
+    with pytest.raises(ValueError, match="attempts must be >= 1 and timeout_s > 0, got 0 and"):
+        EndpointOptions("m", attempts=0)
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0; leave it out for all rows"):
+        JobOptions("traces.jsonl", Path("out"), EndpointOptions("m"), limit=0)
 
 
 def test_a_rate_limit_slows_a_job_down(tmp_path):

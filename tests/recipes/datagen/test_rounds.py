@@ -106,6 +106,21 @@ def test_a_round_that_was_decoded_is_not_decoded_again(tmp_path, model):
     assert row["messages"][1]["content"] == "<think>\n" + FORKED
 
 
+def test_a_problem_without_an_answer_is_named_before_anything_is_decoded(tmp_path, model):
+    """It was a KeyError after the decoding."""
+    engines = Engines(load_tokenizer(str(model)), FORKED)
+    with pytest.raises(DatagenError, match=r"row 1 has no answer in 'solution', its columns are prompt, answer; set"):
+        self_train_rounds(options(tmp_path, model, answer_column="solution"), make_engine=engines)
+    assert not engines.models
+
+
+def test_answers_may_be_numbers(tmp_path, model):
+    """A grader died of them: every trajectory was ungraded."""
+    write_jsonl(tmp_path / "problems.jsonl", [{"prompt": "What is 1?", "answer": 7}])
+    (result,) = self_train_rounds(options(tmp_path, model), make_engine=Engines(load_tokenizer(str(model)), FORKED))
+    assert result.kept == 1
+
+
 def test_a_round_that_keeps_nothing_says_what_it_saw(tmp_path, model):
     engines = Engines(load_tokenizer(str(model)), "\\boxed{3}")
     with pytest.raises(DatagenError, match=r"round 1 kept none of 12 trajectories \(.*6 wrong_answer.*train the model"):

@@ -62,6 +62,11 @@ def test_no_answer_no_reward_and_an_empty_response_is_wrong():
         reward(completions=["7"], solution=["7"])
 
 
+def test_answers_may_be_numbers():
+    """A data set's column of integers made every answer wrong: the graders compare text."""
+    assert correctness_reward(ExactGrader())(completions=["\\boxed{7}", "\\boxed{8}"], answer=[7, 7]) == [1.0, 0.0]
+
+
 def test_a_grading_that_runs_out_of_time_is_wrong_and_the_run_goes_on():
     metrics = {}
     slow = "\\boxed{" + "+".join(f"\\sqrt[{k}]{{{k}^{{9^{{9}}}}}}" for k in range(2, 40)) + "}"
