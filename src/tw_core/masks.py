@@ -186,7 +186,9 @@ def check_forest(subtree_end: Int[Tensor, "..."], position_ids: Int[Tensor, "...
     """
     if subtree_end.dim() != 1 or (position_ids is not None and position_ids.shape != subtree_end.shape):
         got = tuple(subtree_end.shape), None if position_ids is None else tuple(position_ids.shape)
-        raise ShapeError(f"subtree_end and position_ids must have one shape (N,), got {got[0]} and {got[1]}")
+        raise ShapeError(
+            f"subtree_end and position_ids must have one shape (N,), got {got[0]} and {got[1]}; pass one row"
+        )
     n = subtree_end.shape[0]
     rows = torch.arange(n, dtype=subtree_end.dtype, device=subtree_end.device)
     outside = (subtree_end <= rows) | (subtree_end > n)

@@ -334,14 +334,16 @@ def _glue(value: int | Sequence[int] | None, name: str) -> Ids | None:
         return None
     ids = (value,) if isinstance(value, int | np.integer) else tuple(value)
     if not ids or any(isinstance(token, bool) or not isinstance(token, int | np.integer) or token < 0 for token in ids):
-        raise GrammarError(f"{name} must be a token id or a non-empty sequence of them, got {value!r}")
+        raise GrammarError(f"{name} must be a token id or a non-empty sequence of them, got {value!r}; encode it")
     return tuple(int(token) for token in ids)
 
 
 def _named_digits(digits: Sequence[int] | Mapping[str, int | Sequence[int]]) -> tuple[tuple[str, Ids], ...]:
     if not isinstance(digits, Mapping):
         if len(digits) not in (10, 11):
-            raise GrammarError(f'digits must list the ids of "0".."9" (and "."), got {len(digits)} ids')
+            raise GrammarError(
+                f'digits must list the ids of "0".."9" (and "."), got {len(digits)} ids; or pass a mapping'
+            )
         digits = dict(zip("0123456789.", digits, strict=False))
     named = []
     for name, value in digits.items():

@@ -358,7 +358,10 @@ def _cheapest_cuts(lengths: list[int], shared: list[int], max_tokens: int) -> li
 def _as_mask(mask: Any, length: int, i: int) -> np.ndarray:
     array = np.asarray(mask)
     if array.shape != (length,):
-        raise ShapeError(f"loss_masks[{i}] must have shape (L,)=({length},) to match sequences[{i}], got {array.shape}")
+        raise ShapeError(
+            f"loss_masks[{i}] must have shape (L,)=({length},) to match sequences[{i}], got {array.shape}; "
+            "give one entry a token"
+        )
     if array.dtype != bool:
         if not np.isin(array, (0, 1)).all():
             raise TrieError(f"loss_masks[{i}] must hold 0 and 1 (or bools), got other values; pass a mask, not weights")

@@ -18,6 +18,7 @@ from tests.support.attention_inputs import (
     sft_64k,
     small_tries,
 )
+from tw_core.errors import ShapeError
 from tw_core.masks import dense_mask
 from tw_kernels.trie_attention import plan as plan_module
 from tw_kernels.trie_attention.plan import BlockPlan, cached_plan, make_plan
@@ -122,6 +123,16 @@ def test_planning_64k_rows_takes_less_than_a_millisecond() -> None:
 def test_block_sizes_are_powers_of_two(block: int) -> None:
     with pytest.raises(ValueError, match="block must be a power of two of at least 16, got"):
         make_plan(chain(5).subtree_end, block=block)
+
+
+def test_what_is_no_row_of_a_trie_is_refused() -> None:
+    end = torch.tensor([2, 2], dtype=torch.int32)
+    with pytest.raises(ShapeError, match=r"must have one shape \(N,\), got \(1, 2\) and None; pass one row"):
+        make_plan(end[None])
+    with pytest.raises(ShapeError, match=r"must have one shape \(N,\), got \(2,\) and \(1,\)"):
+        make_plan(end, depth=end[:1], window=1)
+    with pytest.raises(ValueError, match=r"window must be at least 1 .*, got 0; pass None for none"):
+        make_plan(end, window=0)
 
 
 def test_no_rows() -> None:

@@ -110,6 +110,12 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys) -> None:
     assert "tune: tune measures on a CUDA device" in capsys.readouterr().err
 
 
+def test_heads_are_two_numbers(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--head-dim", "64", "--out", str(tmp_path / "t.json"), "--heads", "32"])
+    assert "--heads must be two numbers such as 32,8 (query heads, key heads), got '32'" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_tuning_on_the_gpu_keeps_the_kernels_exact(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_module, "candidates", lambda *args: candidates(*args)[::12])

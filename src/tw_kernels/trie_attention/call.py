@@ -154,15 +154,25 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     num_kv = k.shape[1]
     if k.shape[0] != n or k.shape[2] != head_dim:
         got = tuple(k.shape)
-        raise ShapeError(f"k must have shape (N, Hkv, D)=({n}, {num_kv}, {head_dim}) to match q, got {got}")
+        raise ShapeError(
+            f"k must have shape (N, Hkv, D)=({n}, {num_kv}, {head_dim}) to match q, got {got}; "
+            "give it the rows and the dimension of q"
+        )
     if v.shape[0] != n or v.shape[1] != num_kv:
         got = tuple(v.shape)
-        raise ShapeError(f"v must have shape (N, Hkv, Dv)=({n}, {num_kv}, any) to match q and k, got {got}")
+        raise ShapeError(
+            f"v must have shape (N, Hkv, Dv)=({n}, {num_kv}, any) to match q and k, got {got}; "
+            "give it their rows and heads"
+        )
     if num_kv == 0 or num_heads % num_kv:
         heads = f"H={num_heads} and Hkv={num_kv}"
-        raise ShapeError(f"the number of heads of q must be a multiple of that of k and v, got {heads}")
+        raise ShapeError(
+            f"the number of heads of q must be a multiple of that of k and v, got {heads}; repeat or drop heads"
+        )
     if head_dim == 0 or v.shape[2] == 0:
-        raise ShapeError(f"head dimensions must be at least 1, got D={head_dim} and Dv={v.shape[2]}")
+        raise ShapeError(
+            f"head dimensions must be at least 1, got D={head_dim} and Dv={v.shape[2]}; give every head an element"
+        )
     if not q.dtype.is_floating_point:
         raise ValueError(f"q must be floating point, got {q.dtype}; cast q, k and v to one float dtype")
     for name, x in (("k", k), ("v", v)):
@@ -196,6 +206,6 @@ def _check_sinks(sinks: Tensor, num_heads: int, device: torch.device) -> None:
         got = tuple(sinks.shape)
         raise ShapeError(f"sinks must have shape (H,)=({num_heads},), got {got}; pass one logit a query head")
     if not sinks.dtype.is_floating_point:
-        raise ValueError(f"sinks must be floating point, got {sinks.dtype}")
+        raise ValueError(f"sinks must be floating point, got {sinks.dtype}; call sinks.float()")
     if sinks.device != device:
         raise ValueError(f"sinks must be on the device of q, {device}, got {sinks.device}; move them to one device")

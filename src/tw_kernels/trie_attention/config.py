@@ -114,7 +114,7 @@ def pick_config(
     """
     width = max(head_dim, value_dim)
     if not 1 <= width <= 256:
-        raise ValueError(f"head dimensions must be at most 256, got D={head_dim} and Dv={value_dim}")
+        raise ValueError(f"head dimensions must be at most 256, got D={head_dim} and Dv={value_dim}; split the heads")
     if capability is None:
         return _INTERPRETER
     if path := os.environ.get("TW_TILES"):

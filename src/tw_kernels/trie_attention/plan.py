@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from tw_core.errors import ShapeError
 from tw_core.masks import block_bounds, depth_from_subtree_end
 from tw_kernels.trie_attention.config import plan_block
 
@@ -94,11 +95,17 @@ def make_plan(
         block: Rows of a block, a power of two of at least 16. Defaults to `config.plan_block(device)`.
 
     Raises:
-        ValueError: `block` is not a power of two of at least 16.
+        ShapeError: `subtree_end` is not one row, or `depth` has another shape.
+        ValueError: `block` is not a power of two of at least 16, or `window` is below 1.
     """
+    if subtree_end.dim() != 1 or (depth is not None and depth.shape != subtree_end.shape):
+        got = tuple(subtree_end.shape), None if depth is None else tuple(depth.shape)
+        raise ShapeError(f"subtree_end and depth must have one shape (N,), got {got[0]} and {got[1]}; pass one row")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (1 is the row alone), got {window}; pass None for none")
     block = plan_block(subtree_end.device) if block is None else block
     if block < 16 or block & (block - 1):
-        raise ValueError(f"block must be a power of two of at least 16, got {block}")
+        raise ValueError(f"block must be a power of two of at least 16, got {block}; leave it out for the usual one")
     if window is not None and depth is None:
         depth = depth_from_subtree_end(subtree_end)
     data = plan_data(subtree_end, depth if window is not None else None, window, block)

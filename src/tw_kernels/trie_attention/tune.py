@@ -230,7 +230,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", default="32,8", help="query heads, key heads")
     parser.add_argument("--out", required=True, help="the .json file; entries of other shapes stay")
     args = parser.parse_args(argv)
-    queries, keys = (int(word) for word in args.heads.split(","))
+    try:
+        queries, keys = (int(word) for word in args.heads.split(","))
+    except ValueError:
+        parser.error(f"--heads must be two numbers such as 32,8 (query heads, key heads), got {args.heads!r}")
     try:
         tune(args.head_dim, args.value_dim, dtype=getattr(torch, args.dtype), heads=(queries, keys), path=args.out)
     except (RuntimeError, ValueError) as error:
