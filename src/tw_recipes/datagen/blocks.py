@@ -2,7 +2,7 @@
 
 A block whose self-check fails is dropped: its lines stay where they are, as plain text. Blocks are judged one by one,
 so that one bad proposal does not cost the others.
-Source: SPEC section 7, stage 2. Guarded by tests/recipes/datagen/test_stages.py and test_recorded.py.
+Source: SPEC section 7, stage 2. Guarded by tests/recipes/datagen/test_adversarial.py and test_recorded.py.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ r"""`threadweaver generate-data`: sequential traces to fork/join training data, 
 
 The same command again goes on where a killed run stopped. Exit status: 0 all done, 1 records failed, nothing came out
 or the input is bad, 2 wrong flags, 3 the budget was used up (what is finished is written).
-Guarded by tests/recipes/datagen/test_command.py.
+Guarded by tests/recipes/datagen/test_generate.py.
 """
 
 import sys

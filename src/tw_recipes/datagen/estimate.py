@@ -2,7 +2,7 @@
 
 Sizes are measured on the real prompts of the first traces; what is not known before asking is assumed and said: one
 block of three threads a trace, replies in proportion to the number of steps. Tokens are characters / 4.
-Guarded by tests/recipes/datagen/test_command.py.
+Guarded by tests/recipes/datagen/test_generate.py.
 """
 
 from collections.abc import Iterable

@@ -5,7 +5,7 @@
                                                                goes on as "sequential", with the reason
 
 Only a trace whose own answer is wrong, or that cannot be read, is "rejected".
-Source: SPEC section 7, stage 5. Guarded by tests/recipes/datagen/test_stages.py and test_adversarial.py.
+Source: SPEC section 7, stage 5. Guarded by tests/recipes/datagen/test_filter.py and test_adversarial.py.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@
 
 The same call again goes on: finished stages are not asked again, failed records are tried again. Several workers may
 share OUT (`worker`, `workers`); a call with workers=1 then writes the data set.
-Guarded by tests/recipes/datagen/test_generate.py, test_resume.py and test_command.py.
+Guarded by tests/recipes/datagen/test_generate.py and test_resume.py.
 """
 
 import asyncio

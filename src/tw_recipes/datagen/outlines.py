@@ -2,7 +2,7 @@
 
 Code checks what it can: one line each, no tag, no number or result or wording of any thread of the block, and no
 number that stands nowhere before the block.
-Source: SPEC section 7, stage 4. Guarded by tests/recipes/datagen/test_stages.py.
+Source: SPEC section 7, stage 4. Guarded by tests/recipes/datagen/test_adversarial.py.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 An edit names text that its thread holds exactly once; it is applied there or the block is dropped. Edits are measured
 without what `find` and `replace` have in common at their ends, so that neighbouring words taken in to make `find`
 unique cost nothing. Text outside of threads is never edited: the annotator only says whether it still makes sense.
-Source: SPEC section 7, stage 3. Guarded by tests/recipes/datagen/test_stages.py.
+Source: SPEC section 7, stage 3. Guarded by tests/recipes/datagen/test_adversarial.py.
 """
 
 from collections.abc import Sequence

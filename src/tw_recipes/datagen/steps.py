@@ -2,7 +2,7 @@
 
 The annotator sees the trace with line numbers; code checks that main steps cover every line once, in order, and that
 the sub-steps of a step cover its lines likewise.
-Source: SPEC section 7, stage 1. Guarded by tests/recipes/datagen/test_stages.py.
+Source: SPEC section 7, stage 1. Guarded by tests/recipes/datagen/test_adversarial.py.
 """
 
 from collections.abc import Sequence

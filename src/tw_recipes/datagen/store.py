@@ -8,7 +8,7 @@
 A shard holds the records place // shard_size == its number; machines take shards by number. Lines are appended as
 stages finish, in any order; a kill can only leave a half-written last line, which is cut off when the shard is opened
 again. Only open shards are in memory.
-Guarded by tests/recipes/datagen/test_store.py and test_resume.py.
+Guarded by tests/recipes/datagen/test_pipeline.py and test_resume.py.
 """
 
 import json

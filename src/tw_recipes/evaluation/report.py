@@ -1,6 +1,6 @@
 """What an evaluation leaves: results.json, table.md, plots and report.html.
 
-Guarded by tests/recipes/evaluation/test_report.py.
+Guarded by tests/recipes/evaluation/test_evaluate.py.
 """
 
 import json

@@ -3,7 +3,7 @@
 A piece is a constant string, or characters of shape (n, width), uint8, one row a problem. A text is a list of pieces,
 so that the words of ten thousand solutions are laid out once.
 
-Tests: tests/recipes/tasks/test_text.py.
+Tests: tests/recipes/tasks/test_products.py, test_multiply.py.
 """
 
 from collections.abc import Sequence
