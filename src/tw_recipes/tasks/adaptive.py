@@ -19,7 +19,7 @@ import numpy as np
 
 from tw_recipes.evaluation.grading import ExactGrader
 from tw_recipes.tasks import products
-from tw_recipes.tasks.splits import Split, Style, check_rows, is_test, mix, stream
+from tw_recipes.tasks.splits import Search, Split, Style, check_rows, is_test, mix, stream
 from tw_recipes.tasks.text import Piece, digits, strings
 from tw_recipes.tasks.tokenizer import build_tokenizer
 
@@ -52,7 +52,8 @@ class SomeDecompose:
         """
         rng = stream(count, seed=seed, split=split, salt=1000 + self.terms)
         factors, parallel = np.empty((0, self.terms, 2), dtype=np.int64), np.empty(0, dtype=bool)
-        while len(factors) < count:
+        search = Search(count)
+        while search.wants_more(len(factors)):
             numbers = rng.integers(0, 100, (2 * count + 64, 2 * self.terms + 1))
             kinds, drawn = numbers[:, 0] < 100 * self.parallel_share, numbers[:, 1:].reshape(-1, self.terms, 2)
             for term in range(1, self.terms):

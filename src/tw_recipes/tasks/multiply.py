@@ -20,7 +20,7 @@ import numpy as np
 
 from tw_recipes.evaluation.grading import ExactGrader
 from tw_recipes.tasks.longhand import Labelled, Limb, Notation, Plain
-from tw_recipes.tasks.splits import Split, Style, check_rows, is_test, mix, stream
+from tw_recipes.tasks.splits import Search, Split, Style, check_rows, is_test, mix, stream
 from tw_recipes.tasks.text import Pieces, fork, strings
 from tw_recipes.tasks.tokenizer import build_tokenizer
 
@@ -50,7 +50,8 @@ class ProductOfIntegers:
         """Distinct problems of one split: their factors, 0..999."""
         rng = stream(count, seed=seed, split=split, salt=100 * self.least + self.most)
         table, keys = np.empty((0, self.most), dtype=np.int64), np.empty(0, dtype=np.uint64)
-        while len(keys) < count:
+        search = Search(count)
+        while search.wants_more(len(keys)):
             drawn = rng.integers(0, 1000, (2 * count + 64, 1 + self.most))
             lengths, drawn = self.least + drawn[:, 0] * (self.most + 1 - self.least) // 1000, drawn[:, 1:]
             drawn[np.arange(self.most) >= lengths[:, None]] = -1

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from tw_recipes.evaluation.grading import ExactGrader
-from tw_recipes.tasks.splits import Split, Style, check_rows, is_test, stream
+from tw_recipes.tasks.splits import Search, Split, Style, check_rows, is_test, stream
 from tw_recipes.tasks.text import Piece, digits, fork, strings
 from tw_recipes.tasks.tokenizer import build_tokenizer
 
@@ -69,7 +69,8 @@ class SumOfProducts:
         rng = stream(count, seed=seed, split=split, salt=self.terms)
         weights = 100 ** np.arange(2 * self.terms, dtype=np.uint64)
         keys = np.empty(0, dtype=np.uint64)
-        while len(keys) < count:
+        search = Search(count)
+        while search.wants_more(len(keys)):
             drawn = (rng.integers(0, 100, (2 * count + 64, 2 * self.terms)).astype(np.uint64) * weights).sum(axis=1)
             keys = np.concatenate([keys, drawn[is_test(drawn) == (split == "test")]])
             keys = keys[np.sort(np.unique(keys, return_index=True)[1])]

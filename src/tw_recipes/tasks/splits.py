@@ -11,6 +11,7 @@ Style = Literal["sequential", "forkjoin"]
 Split = Literal["train", "test"]
 
 TEST_SHARE = 16  # one problem in so many belongs to the test split
+_VAIN_DRAWS = 20  # a single one of the smallest finds nothing new in 1 of 70 cases
 
 
 def mix(keys: np.ndarray) -> np.ndarray:
@@ -37,6 +38,29 @@ def stream(count: int, *, seed: int, split: Split, salt: int) -> np.random.Gener
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     return np.random.default_rng([seed, get_args(Split).index(split), salt])
+
+
+class Search:
+    """Counts the draws that found no new problem, so that asking for more than there are ends.
+
+    Args:
+        count: Problems that are wanted.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self._found, self._vain = count, 0, 0
+
+    def wants_more(self, found: int) -> bool:
+        """Whether to draw again, with so many distinct problems at hand.
+
+        Raises:
+            ValueError: Draw after draw has found nothing new.
+        """
+        self._vain = self._vain + 1 if found == self._found else 0
+        self._found = found
+        if found < self.count and self._vain > _VAIN_DRAWS:
+            raise ValueError(f"count must be at most {found}, all that this split has, got {self.count}; ask for fewer")
+        return found < self.count
 
 
 def check_rows(style: Any, offset: int) -> None:

@@ -95,3 +95,11 @@ def test_arguments() -> None:
         SomeDecompose(5)
     with pytest.raises(ValueError, match=r"parallel_share must be within 0\.\.1, got 2"):
         SomeDecompose(parallel_share=2)
+
+
+def test_asking_for_more_problems_than_there_are_ends() -> None:
+    """It drew for ever: with two terms, none of them parallel, a sixteenth of 100^3 problems is in the test split."""
+    with pytest.raises(
+        ValueError, match=r"count must be at most 62\d\d\d, all that this split has, got 70000; ask for"
+    ):
+        SomeDecompose(terms=2, parallel_share=0.0).problems(70_000, seed=0, split="test")
