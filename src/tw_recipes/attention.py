@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tw_kernels import trie_attention
+from tw_kernels import available_impls, trie_attention
 from tw_recipes import _compat, hybrid
 from tw_recipes.support import check_architecture, probe_exactness, unwrap
 
@@ -216,8 +216,11 @@ def install(model: nn.Module, *, impl: str = "auto", probe: bool = True) -> nn.M
     Raises:
         UnsupportedModelError: A layer would not follow the trie; the message names it and the reason.
         ImportError: transformers outside the tested range.
+        ValueError: There is no implementation `impl`.
     """
     _compat.require("transformers")
+    if impl not in (known := ("auto", *available_impls())):
+        raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}; correct attention_impl")
     base, backbone = unwrap(model), _backbone(model)
     state: _Installation | None = getattr(backbone, _STATE, None)
     if state is not None:

@@ -57,7 +57,8 @@ def add_tag_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
         The ids of all tags, in the order of `tw_core.TAGS`.
 
     Raises:
-        TagTokenError: The model is wrapped by PEFT, or its matrices have fewer rows than the tokenizer had tokens.
+        TagTokenError: The model is wrapped by PEFT, its matrices have fewer rows than the tokenizer had tokens, or the
+            tokenizer has no token for a tag's word.
     """
     if hasattr(model, "peft_config"):
         raise TagTokenError(
@@ -73,6 +74,12 @@ def add_tag_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
             "the model to its own tokenizer first (model.resize_token_embeddings(len(tokenizer)))"
         )
     pieces = {tag: tokenizer(tag[1:-1], add_special_tokens=False)["input_ids"] for tag in TAGS}
+    fresh = [tag for tag in TAGS if tag in new or tokenizer.convert_tokens_to_ids(tag) >= rows]
+    if wordless := [tag for tag in fresh if not pieces[tag]]:
+        raise TagTokenError(
+            f"the tokenizer must write the word of {wordless[0]}, whose rows its embedding is made of, got no token; "
+            "give it an unknown token or the letters"
+        )
     tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in new], special_tokens=True)
     ids = tag_token_ids(tokenizer)
     if max(ids) >= rows:
@@ -80,9 +87,8 @@ def add_tag_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
             raise TagTokenError("add_tag_tokens cannot grow an FSDP-sharded model; call it before sharding")
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         matrices = _matrices(base)
-    fresh = [(tag, index) for tag, index in zip(TAGS, ids, strict=True) if tag in new or index >= rows]
     for matrix in matrices:
-        _set_rows(matrix, {index: pieces[tag] for tag, index in fresh})
+        _set_rows(matrix, {index: pieces[tag] for tag, index in zip(TAGS, ids, strict=True) if tag in fresh})
     return ids
 
 

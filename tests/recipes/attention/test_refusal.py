@@ -133,5 +133,13 @@ def test_only_transformers_models():
         install(torch.nn.Linear(2, 2))
 
 
+def test_an_unknown_implementation_is_refused_and_the_model_stays_as_it_was():
+    """The probe failed with it, which was told as a fault of the model, and uninstalled what was there."""
+    model = install(tiny_model("qwen3"))
+    with pytest.raises(ValueError, match=r"impl must be one of auto, hopper, .*, reference, got 'nope'; correct"):
+        install(model, impl="nope")
+    assert is_installed(model)
+
+
 def test_lora_is_accepted():
     assert is_installed(install(get_peft_model(tiny_model("qwen3"), LoraConfig(task_type="CAUSAL_LM"))))

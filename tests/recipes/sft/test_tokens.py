@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.models import tiny_model
 from tests.support.sft import BYTE_VOCAB, byte_tokenizer
@@ -75,6 +76,15 @@ def test_bad_models_and_tokenizers_are_refused():
     model.set_output_embeddings(torch.nn.Linear(32, 280, bias=False))
     with pytest.raises(TagTokenError, match=r"head has 280 rows and the embedding 262.*resized by hand"):
         add_tag_tokens(model, byte_tokenizer())
+
+
+def test_a_tokenizer_without_letters_is_refused():
+    """The mean over no piece is NaN: the model was spoiled without a word."""
+    digits = Tokenizer(models.BPE(vocab={str(n): n for n in range(10)}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=digits)
+    with pytest.raises(TagTokenError, match=r"must write the word of <Parallel>, .* got no token; give it an unknown"):
+        add_tag_tokens(tiny_model("qwen3"), tokenizer)
+    assert len(tokenizer) == 10
 
 
 @pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")
