@@ -101,8 +101,10 @@ def as_judge(grader: Judge | Grader | None) -> Judge:
 
 
 def response_text(completion: Any) -> str:
-    """The text of a TRL completion: a string, or messages of which the last one's content counts."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"] or "")
+    """The text of a TRL completion: a string, or messages of which the last one's content counts; "" for none."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[-1]["content"] or "") if completion else ""
 
 
 def answers_of(columns: dict[str, Any], name: str) -> Sequence[str | None]:

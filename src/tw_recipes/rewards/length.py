@@ -33,7 +33,15 @@ def length_penalties(
         tau: Accuracy from which a group is penalised, in [0, 1).
         beta: The largest penalty.
         window: Excess length that is penalised in full; 0 turns the penalty off.
+
+    Raises:
+        ValueError: `tau` or `beta` is out of range, or the three sequences differ in length.
     """
+    if not (0 <= tau < 1 and beta >= 0):
+        raise ValueError(f"tau must be in [0, 1) and beta >= 0, got {tau} and {beta}")
+    if not len(groups) == len(lengths) == len(correct):
+        got = f"{len(groups)}, {len(lengths)} and {len(correct)}"
+        raise ValueError(f"groups, lengths and correct must have one entry a response each, got {got}")
     members: dict[Hashable, list[int]] = {}
     for place, group in enumerate(groups):
         members.setdefault(group, []).append(place)

@@ -50,6 +50,7 @@ def test_only_the_text_after_think_counts():
 def test_no_answer_no_reward_and_an_empty_response_is_wrong():
     metrics = defaultdict(list)
     reward = correctness_reward(ExactGrader())
+    assert reward(completions=[[]], answer=["7"]) == [0.0], "a chat without a turn"
     columns = {"completions": ["\\boxed{7}", "", "\\boxed{7}"], "answer": ["7", "7", None]}
     assert reward(**columns, log_metric=lambda name, value: metrics[name].append(value)) == [1.0, 0.0, None]
     assert dict(metrics) == {
@@ -131,6 +132,13 @@ def test_length_penalties_equal_the_recorded_ones(number):
     found = length_penalties(case["group"], case["length"], case["correct"], **options)
     assert found == pytest.approx(case["penalty"], abs=1e-12)
     assert case["eps"] == 1e-6
+
+
+def test_length_penalties_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"tau must be in \[0, 1\) and beta >= 0, got 1.0 and 0.2"):
+        length_penalties([1], [5], [True], tau=1.0)
+    with pytest.raises(ValueError, match="must have one entry a response each, got 2, 1 and 2"):
+        length_penalties([1, 1], [5], [True, True])
 
 
 def test_length_penalty_groups_equal_prompts():
