@@ -164,12 +164,24 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
         for line, data in enumerate(file, start=1):
             if not data.strip():
                 continue
-            try:
-                yield line, json.loads(data.rstrip().decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield line, _Unreadable("", f"expected UTF-8, got the byte 0x{data[error.start]:02x} at {error.start}")
-            except json.JSONDecodeError as error:
-                yield line, _Unreadable("", f"expected one JSON object: {error.msg} at character {error.pos}")
+            yield line, _parsed(data)
+
+
+def _parsed(data: bytes) -> Any:
+    """The value of one line of JSON, or why there is none."""
+    try:
+        row = json.loads(data.rstrip().decode("utf-8"))
+        if b"\\ud" in data.lower():  # half of a surrogate pair is no text: no file could be written with it
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        return row
+    except UnicodeDecodeError as error:
+        return _Unreadable("", f"expected UTF-8, got the byte 0x{data[error.start]:02x} at {error.start}")
+    except UnicodeEncodeError as error:
+        return _Unreadable("", f"expected text, got half of a surrogate pair, {error.object[error.start]!a}")
+    except json.JSONDecodeError as error:
+        return _Unreadable("", f"expected one JSON object: {error.msg} at character {error.pos}")
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
+        return _Unreadable("", f"expected one JSON object: {error}")
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:

@@ -37,7 +37,10 @@ BAD_LINES: list[tuple[str | bytes, str, str]] = [
     ('{"prompt": "a", "text": 7}', "text", "expected a string, got 7"),
     ('{"prompt": "a", "text": ""}', "text", "expected a non-empty string"),
     (json.dumps(MALFORMED_ROW), "text", r"at character \d+: "),
+    (r'{"prompt": "\ud83d", "text": "b"}', "", r"expected text, got half of a surrogate pair, '\\ud83d'"),
 ]
+# Python's own limits: both ended the run, skip_bad or not.
+ENORMOUS = {"brackets": b"[" * 100_000, "digits": b'{"prompt": "a", "text": "b", "n": ' + b"9" * 5_000 + b"}"}
 
 
 @pytest.mark.parametrize(("line", "column", "reason"), BAD_LINES)
@@ -53,6 +56,17 @@ def test_a_bad_line_is_named_and_can_be_skipped(tmp_path: Path, line: str | byte
     assert [(bad.line, bad.column) for bad in result.skipped] == [(3, column)]
     assert "2 rows read, 1 skipped" in result.report()
     assert "line 3" in result.report()
+
+
+@pytest.mark.parametrize("line", ENORMOUS.values(), ids=ENORMOUS.keys())
+def test_an_enormous_line_is_a_bad_row(tmp_path: Path, line: bytes) -> None:
+    result = read_rows(_file(tmp_path, line, json.dumps(FORK_ROWS[0])), COLUMNS, skip_bad=True)
+    assert result.rows == FORK_ROWS[:1]
+    assert [(bad.line, bad.reason[:26]) for bad in result.skipped] == [(1, "expected one JSON object: ")]
+
+
+def test_escaped_pairs_are_text(tmp_path: Path) -> None:
+    assert read_rows(_file(tmp_path, r'{"x": "\ud83d\ude00 \\ud83d"}'), ["x"]).rows == [{"x": "\U0001f600 \\ud83d"}]
 
 
 def test_a_bad_parquet_row_is_named(tmp_path: Path) -> None:
