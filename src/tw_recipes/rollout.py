@@ -8,7 +8,6 @@ refused. Prompts in flight are bounded; results are never held.
 Guarded by tests/recipes/test_rollout.py. `threadweaver rollout` is tw_recipes.rollout_command.
 """
 
-import asyncio
 import json
 import time
 from collections import defaultdict
@@ -20,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from tw_core import check_ids
 from tw_core.errors import ThreadWeaverError
+from tw_recipes.blocking import run_blocking
 from tw_recipes.decoding.decoder import ForkJoinDecoder
 from tw_recipes.decoding.rollout import Call, Rollout
 from tw_recipes.decoding.rollout import Path as Path_
@@ -118,7 +118,7 @@ def rollout(
     bar: AbstractContextManager[Any] = _Bar(None if total is None else total * samples) if progress else nullcontext()
     began = time.perf_counter()
     with path.open("a", encoding="utf-8") as out, bar as shown:
-        asyncio.run(job.run(prompts, out, concurrency, shown))
+        run_blocking(job.run(prompts, out, concurrency, shown))
     summary.seconds = time.perf_counter() - began
     return summary
 

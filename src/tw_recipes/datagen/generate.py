@@ -10,7 +10,6 @@ share OUT (`worker`, `workers`); a call with workers=1 then writes the data set.
 Guarded by tests/recipes/datagen/test_generate.py and test_resume.py.
 """
 
-import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from tw_recipes.blocking import run_blocking
 from tw_recipes.datagen.accounting import Accounts, Usage
 from tw_recipes.datagen.annotator import Annotator, RetryPolicy
 from tw_recipes.datagen.estimate import Estimate, estimate
@@ -259,7 +259,7 @@ def generate_data(
 
     grader = make_grader(options.grader, options.grade_workers)
     try:
-        summary = asyncio.run(run(grader))
+        summary = run_blocking(run(grader))
     finally:
         grader.close()
     if options.workers > 1:

@@ -11,12 +11,12 @@ Tests: tests/recipes/decoding/test_decoder.py. Source: arXiv:2512.07843, section
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
 from tw_core import TagIds
 from tw_core._ids import as_ids
+from tw_recipes.blocking import run_blocking
 from tw_recipes.decoding.engine import Engine, Sampling, stable_seed
 from tw_recipes.decoding.limits import Limits
 from tw_recipes.decoding.rollout import Event, Rollout
@@ -187,12 +187,7 @@ class ForkJoinDecoder:
         Works inside a running event loop too (a notebook): then a thread of its own runs the decoding. The engine
         is closed at the end, so that a model shared with training is as it was; the next call starts it again.
         """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(self._all(prompts, keys))
-        with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
-            return pool.submit(asyncio.run, self._all(prompts, keys)).result()
+        return run_blocking(self._all(prompts, keys))
 
     async def _all(self, prompts: Iterable[Any], keys: Iterable[str] | None) -> list[Rollout]:
         try:

@@ -124,7 +124,8 @@ class TransformersEngine:
                     seen = len(output.generated_tokens)
             except Exception as problem:  # the caller's: it must end this call, not be lost in the event loop
                 manager.cancel_request(name)
-                done.set_exception(problem)
+                if not done.done():
+                    done.set_exception(problem)
             else:
                 if output.is_finished() and not done.done():  # `on_tokens` may have cancelled it
                     done.set_result(output)

@@ -104,6 +104,7 @@ class WaveEngine:
                 if request.on_tokens is not None and not future.done():
                     request.on_tokens(completion.ids.tolist())
             except Exception as problem:  # the caller's: it ends this call, and the others of the wave go on
-                future.set_exception(problem)
+                if not future.done():
+                    future.set_exception(problem)
             if not future.done():  # `on_tokens` may have cancelled it
                 future.set_result(completion)

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tw_recipes.blocking import run_blocking
 from tw_recipes.decoding.decoder import ForkJoinDecoder
 from tw_recipes.evaluation import report
 from tw_recipes.evaluation.benchmarks import Problem, benchmark_name
@@ -219,7 +220,7 @@ class _Flow:
     def grade(self, path: Path, grader: Grader, samples: float) -> list[Sample]:
         """Grades the trajectories of these problems, at most `samples` each, in the order of problems and samples."""
         rows = (row for row in read_trajectories(path) if row.get("id") in self.answers and row["sample"] < samples)
-        found = asyncio.run(self._grade(rows, grader))
+        found = run_blocking(self._grade(rows, grader))
         places = {problem.id: place for place, problem in enumerate(self.problems)}
         return sorted(found, key=lambda s: (places[s.problem], s.sample))
 
