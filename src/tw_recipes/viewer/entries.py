@@ -102,12 +102,14 @@ def _problem(row: Mapping[str, Any]) -> tuple[str, str] | None:
     if messages is not None:
         turns = messages if isinstance(messages, list) else []
         spoken = [turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant"]
-        if spoken and all(isinstance(turn.get("content"), str) for turn in spoken):
+        whole = all(isinstance(turn, dict) for turn in turns)
+        if whole and spoken and all(isinstance(turn.get("content"), str) for turn in spoken):
             return None
         return "messages", "expected a list of turns with an assistant turn whose content is a string"
     units = row.get("units")
     if units is not None:
-        if isinstance(units, list) and units and all(isinstance(u, list) and len(u) == 2 for u in units):
+        pairs = isinstance(units, list) and units and all(isinstance(u, list) and len(u) == 2 for u in units)
+        if pairs and all(_are_ids(ids) for pair in units for ids in pair):
             return None
         return "units", f"expected pairs [context ids, completion ids], got {units!r:.40}"
     if isinstance(row.get("sequences"), list) and row["sequences"]:
@@ -115,12 +117,17 @@ def _problem(row: Mapping[str, Any]) -> tuple[str, str] | None:
     return "", f"expected a column {FORMS}, got {', '.join(row) or 'none'}"
 
 
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
 def _prompt(row: Mapping[str, Any], tokenizer: Any) -> str:
     for column in ("prompt", "question"):
         if isinstance(row.get(column), str):
             return row[column]
     if row.get("messages") is not None:
-        return next((turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user"), "")
+        asked = (turn.get("content") for turn in reversed(row["messages"]) if turn.get("role") == "user")
+        return next((content for content in asked if isinstance(content, str)), "")
     found = joined_ids(row)
     return "" if found is None or tokenizer is None else tokenizer.decode(found[0][: found[1]])
 
@@ -129,7 +136,7 @@ def _text(row: Mapping[str, Any], tokenizer: Any) -> str | None:
     if row.get("text") is not None:
         return row["text"]
     if row.get("messages") is not None:
-        turn = next(turn for turn in reversed(row["messages"]) if turn["role"] == "assistant")
+        turn = next(turn for turn in reversed(row["messages"]) if turn.get("role") == "assistant")
         thought = turn.get("reasoning_content")
         return f"<think>\n{thought}\n</think>\n\n{turn['content']}" if thought else turn["content"]
     found = joined_ids(row)

@@ -57,6 +57,8 @@ def test_the_joined_ids_of_a_row():
         ({"answer": "7"}, r"line 2: expected a column 'text', 'messages', 'units' or 'sequences', got answer"),
         ({"text": 7}, r"line 2, column 'text': expected a string, got 7"),
         ({"units": [[1, 2, 3]]}, r"line 2, column 'units': expected pairs \[context ids, completion ids\]"),
+        ({"units": [[["a"], [2]]]}, r"line 2, column 'units': expected pairs \[context ids, completion ids\]"),
+        ({"messages": ["hi", TURNS[1]]}, r"line 2, column 'messages': expected a list of turns with an assistant turn"),
         ({"messages": TURNS[:1]}, r"line 2, column 'messages': expected a list of turns with an assistant turn"),
         ({"sequences": []}, r"line 2: expected a column"),
     ],
@@ -68,6 +70,12 @@ def test_a_bad_row_is_named_or_listed(tmp_path, row, message):
     skipped = []
     assert [entry.text for entry in read_entries(path, skipped=skipped)] == ["fine", "too"]
     assert [bad.line for bad in skipped] == [2]
+
+
+def test_a_turn_without_a_role_or_text_is_no_question(tmp_path):
+    turns = [{"content": "x"}, {"role": "user", "content": "asked"}, {"role": "user", "content": None}, TURNS[1]]
+    (entry,) = read_entries(written(tmp_path / "a.jsonl", {"messages": turns}))
+    assert entry.prompt == "asked"
 
 
 def test_an_empty_file_is_an_error(tmp_path):
