@@ -67,7 +67,7 @@ def load_prompts(script: GRPOScriptArguments, split: str, seed: int) -> Dataset:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The prompt column is missing.
+        ValueError: The prompt column is missing, or empty in a row.
     """
     if script.task is not None:
         kind = "train" if split == script.dataset_train_split else "test"
@@ -82,16 +82,21 @@ def load_prompts(script: GRPOScriptArguments, split: str, seed: int) -> Dataset:
             "prompt_column"
         )
 
-    def prompt(row: dict[str, Any]) -> dict[str, Any]:
-        text = row[script.prompt_column]
-        if not isinstance(text, str):
-            return {"prompt": text}
-        text += script.instruction
-        return {"prompt": [{"role": "user", "content": text}] if script.chat else text}
+    def prompt(place: int, asked: Any) -> Any:
+        if not asked:
+            raise ValueError(
+                f"{script.dataset_name}, row {place}: {script.prompt_column!r} must be text or messages, "
+                f"got {asked!r}; drop the row"
+            )
+        if not isinstance(asked, str):
+            return asked
+        text = asked + script.instruction
+        return [{"role": "user", "content": text}] if script.chat else text
 
     # The prompt may change its type, so the old column goes first.
     others = data.remove_columns([name for name in data.column_names if name in ("prompt", script.prompt_column)])
-    prompts = [prompt(row)["prompt"] for row in data.select_columns([script.prompt_column])]
+    rows = data.select_columns([script.prompt_column])
+    prompts = [prompt(place, row[script.prompt_column]) for place, row in enumerate(rows, 1)]
     return others.add_column("prompt", prompts)
 
 

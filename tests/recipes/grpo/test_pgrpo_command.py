@@ -89,6 +89,9 @@ def test_prompts_become_chats_with_the_instruction(job):
     rows = load_prompts(script, "train", 0)
     assert rows.column_names == ["answer", "prompt"]
     assert rows[0]["prompt"] == [{"role": "user", "content": ROWS[0]["prompt"] + " Think."}]
+    (job / "holes.jsonl").write_text('{"prompt": "q"}\n{"prompt": null}\n')
+    with pytest.raises(ValueError, match=r"holes.jsonl, row 2: 'prompt' must be text or messages, got None; drop"):
+        load_prompts(GRPOScriptArguments(dataset_name=str(job / "holes.jsonl")), "train", 0)
     messages = [{"prompt": rows[0]["prompt"], "answer": "7"}]
     (job / "chat.jsonl").write_text(json.dumps(messages[0]) + "\n")
     assert load_prompts(GRPOScriptArguments(dataset_name=str(job / "chat.jsonl")), "train", 0).to_list() == messages
