@@ -162,6 +162,9 @@ def test_a_cancelled_call_is_cancelled_in_vllm(engine):
             await asyncio.sleep(0.001)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        async with asyncio.timeout(60):  # vLLM hears of it in its own thread
+            while "aborted" not in FakeLLM.made.log:
+                await asyncio.sleep(0.001)
         return task.cancelled()
 
     assert asyncio.run(run())
