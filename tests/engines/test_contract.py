@@ -40,11 +40,12 @@ def worst(first, second):
 
 
 def test_greedy_trajectories_equal_those_in_process(bench):
-    """The trained model forks by itself; ids equal to the last one, log-probs to 1e-5 or what float32 itself misses."""
+    """The trained model forks by itself; ids equal to the last one, log-probs to what two float32 engines miss."""
     remote, local = bench.remote(), bench.local()
     there, here = bench.decode(remote, bench.prompts), bench.decode(local, bench.prompts)
     assert all(same_ids(there, here))
-    assert all(worst(a.logprobs, b.logprobs) < bench.trie_logprobs(b.units)[1] for a, b in zip(there, here, strict=True))
+    # Each may be 1e-5 away from the exact values.
+    assert max(worst(a.logprobs, b.logprobs) for a, b in zip(there, here, strict=True)) < 2 * TOLERANCE
     if bench.case.folder.name == "trained":
         assert all(one.stats.num_threads >= 2 for one in there)
         assert sum(one.complete for one in there) > len(there) // 2
