@@ -5,9 +5,10 @@
 All calls that are waiting when the model is idle form a wave. Every call draws from its own generator (its seed), so
 that a trajectory does not depend on what runs beside it; there is no thread and no clock. For tiny models on a CPU this
 is several times faster than continuous batching, and the same seed gives the same rollouts again, after a restart too.
-A wave computes each context anew: for large models with long shared prefixes use `TransformersEngine` or a server.
+On a GPU the steps of a wave are replayed as CUDA graphs (fixed_step.py). A wave computes each context anew: for large
+models with long shared prefixes use `TransformersEngine` or a server.
 
-Tests: tests/recipes/decoding/test_lockstep_engine.py.
+Tests: tests/recipes/decoding/test_lockstep_engine.py, test_fixed_step.py.
 """
 
 import asyncio
@@ -20,7 +21,9 @@ from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLo
 
 from tw_recipes import _compat
 from tw_recipes.attention import native_attention
+from tw_recipes.decoding import fixed_step
 from tw_recipes.decoding.engine import Completion, Request, Sampling
+from tw_recipes.decoding.fixed_step import FixedStep
 from tw_recipes.decoding.waves import WaveEngine
 from tw_recipes.support import unwrap
 
@@ -33,18 +36,27 @@ class LockstepEngine(WaveEngine):
         eos_ids: Ids that end a sequence.
         max_context: Defaults to the config's max_position_embeddings.
         max_batch: The most calls of one batch; a larger wave is cut.
+        cuda_graphs: Replay steps as CUDA graphs where that is possible: on a CUDA device, with full attention by SDPA
+            in every layer. Other models run step by step.
 
     Raises:
         ValueError: `eos_ids` is empty or `max_batch` not positive.
     """
 
     def __init__(
-        self, model: Any, *, eos_ids: list[int] | tuple[int, ...], max_context: int | None = None, max_batch: int = 512
+        self,
+        model: Any,
+        *,
+        eos_ids: list[int] | tuple[int, ...],
+        max_context: int | None = None,
+        max_batch: int = 512,
+        cuda_graphs: bool = True,
     ) -> None:
         _compat.require("transformers")
         self.model: PreTrainedModel = unwrap(model)
         config = self.model.config.get_text_config()
         max_context = max_context or getattr(config, "max_position_embeddings", None)
+        self.cuda_graphs = cuda_graphs
         super().__init__(eos_ids, self.model.get_input_embeddings().num_embeddings, max_context, max_batch)
 
     async def _complete(self, requests: list[Request]) -> list[Completion]:
@@ -52,8 +64,9 @@ class LockstepEngine(WaveEngine):
         try:
             self.model.eval()
             with torch.no_grad(), native_attention(self.model):
-                batch = _Wave(self.model, requests, self.eos_ids[0])
-                while batch.alive:
+                fixed = self.cuda_graphs and fixed_step.fits(self.model)
+                batch = _Wave(self.model, requests, self.eos_ids[0], fixed=fixed)
+                while batch.rows:
                     batch.step()
                     await asyncio.sleep(0)
         finally:
@@ -62,10 +75,10 @@ class LockstepEngine(WaveEngine):
 
 
 class _Wave:
-    """One batch from its prefill to its last token. Rows of the cache are the calls that are still writing."""
+    """One batch from its prefill to its last token. `rows` names the call of each row."""
 
-    def __init__(self, model: PreTrainedModel, requests: list[Request], padding: int) -> None:
-        self.model, self.requests = model, requests
+    def __init__(self, model: PreTrainedModel, requests: list[Request], padding: int, *, fixed: bool) -> None:
+        self.model, self.requests, self.fixed = model, requests, fixed
         device = model.device
         self.sampling: Sampling = requests[0].sampling
         self.filters = []
@@ -84,13 +97,37 @@ class _Wave:
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.cache = DynamicCache(config=model.config)
         self.cache_name = _compat.cache_argument(model)
-        self.alive = list(range(len(requests)))
+        self.next: FixedStep | None = None
+        self.rows = list(range(len(requests)))
+        self.writing = [True] * len(requests)
         self.draws = [_draws(request) for request in requests]
         self.written: list[list[int]] = [[] for _ in requests]
         self.logprobs: list[list[float]] = [[] for _ in requests]
 
     def step(self) -> None:
         """One forward: a token for every call that is still writing."""
+        logits = self._forward() if self.next is None else self.next(self.ids[:, 0])
+        tokens, logprobs = self._draw(logits.float())
+        for place, token, logprob in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            if self.writing[place]:
+                self.written[place].append(token)
+                self.logprobs[place].append(logprob)
+                request = self.requests[place]
+                self.writing[place] = token not in request.stop_ids and len(self.written[place]) < request.max_tokens
+        self.ids = tokens[:, None]
+        if self.next is None:
+            self.positions = self.positions[:, -1:] + 1
+        keep = [row for row, place in enumerate(self.rows) if self.writing[place]]
+        # Other shapes need another graph: there rows leave when half of them have finished.
+        if len(keep) < len(self.rows) and (self.next is None or 2 * len(keep) <= len(self.rows)):
+            self._keep(keep)
+        if self.next is None:
+            if self.rows and self.fixed and fixed_step.holds(self.cache):
+                self.next = FixedStep(self.model, self.cache, self.mask, self.positions)
+                self.cache = DynamicCache(config=self.model.config)  # its memory
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(keep), 1)], dim=1)
+
+    def _forward(self) -> Tensor:
         output = self.model(
             input_ids=self.ids,
             attention_mask=self.mask,
@@ -99,23 +136,19 @@ class _Wave:
             logits_to_keep=1,
             **{self.cache_name: self.cache},
         )
-        tokens, logprobs = self._draw(output.logits[:, -1].float())
-        keep = []
-        for row, (place, token, logprob) in enumerate(zip(self.alive, tokens.tolist(), logprobs.tolist(), strict=True)):
-            self.written[place].append(token)
-            self.logprobs[place].append(logprob)
-            request = self.requests[place]
-            if token not in request.stop_ids and len(self.written[place]) < request.max_tokens:
-                keep.append(row)
-        if len(keep) < len(self.alive):
-            rows = torch.tensor(keep, dtype=torch.int64, device=tokens.device)
-            self.alive = [self.alive[row] for row in keep]
-            tokens, self.mask, self.positions = tokens[rows], self.mask[rows], self.positions[rows]
-            if keep:
-                self.cache.batch_select_indices(rows)
-        self.ids = tokens[:, None]
-        self.positions = self.positions[:, -1:] + 1
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(keep), 1)], dim=1)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _keep(self, keep: list[int]) -> None:
+        rows = torch.tensor(keep, dtype=torch.int64, device=self.ids.device)
+        self.rows = [self.rows[row] for row in keep]
+        self.ids = self.ids[rows]
+        if self.next is not None:
+            self.next.keep(rows)
+            return
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        if keep:
+            self.cache.batch_select_indices(rows)
 
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and the log-probs of the distribution they were drawn from. (R, V) -> (R,), (R,)."""
@@ -126,7 +159,7 @@ class _Wave:
         for keep in self.filters:
             logits = keep(self.ids, logits)
         logprobs = logits.log_softmax(-1)
-        uniform = torch.tensor([next(self.draws[place]) for place in self.alive], dtype=torch.float64)
+        uniform = torch.tensor([next(self.draws[place]) for place in self.rows], dtype=torch.float64)
         # The inverse of the distribution function needs one uniform number a token.
         steps = logprobs.double().exp().cumsum(-1)
         target = (uniform.to(steps.device) * steps[:, -1])[:, None]

@@ -2,8 +2,9 @@
 
     problems ──ForkJoinDecoder──► trajectories.jsonl (goes on after a kill) ──grade──► figures of one stage
 
-Held-out problems are decoded by `LockstepEngine`, whose results do not depend on a clock; wall clock is measured with
-`TransformersEngine`, continuous batching, what a user would run in this process, greedily.
+Held-out problems are decoded by `LockstepEngine`, whose results do not depend on a clock. Wall clock is measured greedily
+with what a user would run in this process: `TransformersEngine` (continuous batching) on a CPU, `LockstepEngine` (CUDA
+graphs) on a GPU.
 Tests: tests/recipes/pipelines/test_reproduce_measure.py.
 """
 
@@ -169,7 +170,8 @@ def wall_clock(
     prompts = [tokenizer.encode(row["prompt"], add_special_tokens=False) for row in rows]
 
     async def run() -> dict[str, float]:
-        engine = TransformersEngine(model, eos_ids=[tokenizer.eos_token_id])
+        chosen = TransformersEngine if model.device.type == "cpu" else LockstepEngine
+        engine: Engine = chosen(model, eos_ids=[tokenizer.eos_token_id])
         decoder = ForkJoinDecoder(engine, TagIds.from_tokenizer(tokenizer), limits, GREEDY)
         found = {}
         try:

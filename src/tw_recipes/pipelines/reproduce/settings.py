@@ -43,7 +43,8 @@ class Training:
         steps: Steps of each side's own solutions.
         retained_share: Share of the fork/join side's problems that keep the sequential solution meanwhile: without
             any, the model forgets how to write one.
-        mixed_steps: Further steps in which the fork/join side sees `sequential_share` sequential solutions. 0: none.
+        mixed_steps: Further steps in which the fork/join side sees `sequential_share` sequential solutions. 0: none, as
+            where neither self-training nor reinforcement follows.
         sequential_share: There; about the share of responses that will not fork, which reinforcement learning changes.
         second_lr: Learning rates of `steps`, relative to those of the start.
         mixed_lr: Likewise of `mixed_steps`.
@@ -164,6 +165,11 @@ class Settings:
             raise ValueError(f"nested=True needs the task multiply, got {self.task!r}: its solutions have one block")
         self.make_task()
 
+    @property
+    def mixes(self) -> bool:
+        """Whether there is a mixed stage: what follows it needs responses of both kinds."""
+        return bool(self.training.mixed_steps and (self.self_training.rounds or self.reinforcement.steps))
+
     def make_task(self) -> Task:
         """The task; `nested` gives another layout of the same problems."""
         return get_task(self.task, **({"nested": True} if self.nested else {}))
@@ -198,10 +204,10 @@ PRESETS: dict[str, Settings] = {
         threads=8,
         at_once=False,
         model=ModelSize(hidden_size=512, layers=8, heads=8, context=8192, init=0.02),
-        training=Training(batch=16, start_steps=0, steps=1400, mixed_steps=100, sequential_share=0.2, second_lr=1.0),
-        self_training=SelfTraining(prompts=512, steps=100),
-        reinforcement=Reinforcement(steps=40, prompts=16, generations=8, lr=2e-5),
-        evaluation=Evaluation(problems=500, timed=16),
+        training=Training(batch=16, start_steps=600, steps=500, mixed_steps=80),
+        self_training=SelfTraining(prompts=256, steps=40),
+        reinforcement=Reinforcement(steps=16, prompts=16, generations=8, lr=2e-5),
+        evaluation=Evaluation(problems=500, timed=4),
     ),
 }
 

@@ -136,7 +136,7 @@ class Worker:
         """The stages that train one side, each when it is done."""
         stage = self._sft(side)
         yield stage
-        if self.settings.training.mixed_steps:
+        if self.settings.mixes:
             stage = self._mixed(side, stage)
             yield stage
         for round in range(self.settings.self_training.rounds):
