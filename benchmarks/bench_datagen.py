@@ -157,7 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000, help="traces")
     parser.add_argument("--train", action="store_true", help="also train and decode")
-    parser.add_argument("--steps", type=int, default=1250, help="optimizer steps of each model")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of each model")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems")
     parser.add_argument("--out", type=Path, default=None, help="folder for the results file; default: the repository's")
     args = parser.parse_args()

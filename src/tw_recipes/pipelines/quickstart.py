@@ -35,7 +35,7 @@ from tw_recipes.tasks import get_task
 from tw_recipes.tasks.model import tiny_model
 
 COLUMNS = ("prompt", "text", "answer")
-START_SHARE = 13 / 25  # of the steps go to the common start
+START_SHARE = 13 / 24  # of the steps go to the common start
 SECOND_LR = 0.75  # of the first stage's learning rates
 SHORT_RUN = 100  # fewer steps check that everything runs; they are measured on few problems
 
@@ -48,7 +48,7 @@ def quickstart(
     out: Path = Path("out/quickstart"),
     *,
     seed: int = 0,
-    steps: int = 1250,
+    steps: int = 1200,
     problems: int | None = None,
     skip_bad: bool = False,
     threads: int | None = None,
@@ -58,7 +58,7 @@ def quickstart(
     Args:
         out: Folder for data, models and results. Files of an earlier run are overwritten.
         seed: Of problems, weights and training.
-        steps: Optimizer steps of each model, at least 3; 13 of 25 are the common sequential start.
+        steps: Optimizer steps of each model, at least 3; 13 of 24 are the common sequential start.
         problems: Held-out problems. Default: 200, or 24 when there are fewer than 100 steps.
         skip_bad: Go on without corrupted data set rows, counted and listed, instead of stopping.
         threads: CPU threads. Default: torch's own choice, at most 4.
