@@ -12,16 +12,22 @@ from typing import Any
 
 import pytest
 
+from tw_kernels.trie_attention.hopper import support
+
 SHARED_90 = 232_448  # bytes that a block can have
-# Bytes that the two computing groups together may spill: the backward for heads of 128 holds every register, and what
-# is spilled are loop constants (docs/performance.md).
-SPILLS = {("backward", 128): 210}
+# Bytes that all groups together may spill: the backward for heads of 128 holds every register, and what is spilled are
+# loop constants; the forwards of wide heads spill outside of the loop over tiles (docs/performance.md).
+SPILLS = {("backward", (128, 128)): 210, ("forward", (192, 128)): 16, ("forward", (256, 256)): 184}
+SPILLS_3_6 = {("backward", (128, 128)): 210}
 
 JOBS = [
-    {"kernel": kernel, "dim": dim, "dtype": dtype, "constants": constants}
-    for dim, dtype in [(64, "float16"), (64, "bfloat16"), (128, "bfloat16"), (128, "float16")]
+    {"kernel": kernel, "dims": dims, "dtype": dtype, "constants": constants}
+    for dims in support.HEAD_DIMS
+    for dtype in ("bfloat16", "float16")
     for kernel, constants in [("forward", {}), ("backward", {}), ("backward", {"WITH_DQ": False})]
+    if kernel == "forward" or dims in support.BACKWARD_HEAD_DIMS
 ]
+QUICK = [job for job in JOBS if job["dtype"] == "bfloat16" and job["dims"] != (64, 64)]
 
 
 def reports(python: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -44,13 +50,14 @@ def check(report: dict[str, Any]) -> None:
     assert report["wgmma"] >= 32, report
     assert report["registers"] == 168, report  # a third of the file each, before the groups trade registers
     assert report["shared"] <= SHARED_90, report
-    assert report["spill_bytes"] <= SPILLS.get((job["kernel"], job["dim"]), 0), report
+    spills = SPILLS_3_6 if report["triton"].startswith("3.6.") else SPILLS
+    assert report["spill_bytes"] <= spills.get((job["kernel"], tuple(job["dims"])), 0), report
     assert {"n_rows", "num_blocks", "kv_heads", "group"} <= set(report["general"]), report
 
 
 def test_sm_90_with_the_installed_triton() -> None:
-    got = reports(sys.executable, JOBS[1:2] + JOBS[6:9])
-    assert len(got) == 4
+    got = reports(sys.executable, QUICK)
+    assert len(got) == len(QUICK) == 5
     for report in got:
         check(report)
 

@@ -1,7 +1,7 @@
 """Compile the Hopper kernels for sm_90a without a GPU and read what ptxas made of them.
 
 Run as a process of its own by a Python whose Triton is to be tried (no TRITON_INTERPRET): reads one JSON job a line,
-{"kernel", "dim", "dtype", and the constants that differ from launch.py's}, writes one JSON report a line.
+{"kernel", "dims", "dtype", and the constants that differ from launch.py's}, writes one JSON report a line.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ def signature_of(job: dict[str, Any]) -> tuple[Any, dict[str, str], dict[str, An
 
     from tw_kernels.trie_attention.hopper import backward, forward, launch
 
-    dim, dtype = job["dim"], getattr(torch, job["dtype"])
+    dim, value_dim, dtype = *job["dims"], getattr(torch, job["dtype"])
     constants = {"D": dim, "BLOCK": 128, "STAGES": launch.STAGES}
     if job["kernel"] == "forward":
         kernel = forward._forward_kernel
-        constants |= {"DV": dim}
-        tiles = {"q": (64, dim, dtype), "k": (128, dim, dtype), "v": (128, dim, dtype), "o": (64, dim, dtype)}
-        tiles["end"] = (0, 128, torch.int32)
+        constants |= {"DV": value_dim} | launch.FORWARD_TILES[dim, value_dim]
+        keys, columns = constants["KEYS"], constants["COLUMNS"]
+        tiles = {"q": (64, columns, dtype), "k": (keys, columns, dtype), "v": (keys, value_dim, dtype)}
+        tiles |= {"o": (64, value_dim, dtype), "end": (0, keys, torch.int32)}
     else:
         kernel = backward._dkv_kernel
         constants |= {"WITH_DQ": True}

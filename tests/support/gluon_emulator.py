@@ -224,7 +224,7 @@ class Emulator:
             expect=lambda bar, size: bar.update(arrivals=1, more_bytes=size),
         )
         names = ("tma_load", "tma_store", "tma_add", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait")
-        plain = {name: getattr(self, name) for name in names}
+        plain = {name: getattr(self, name) for name in (*names, "as_tiles")}
         return {"gl": language, "tl": language, "mbarrier": mbarrier, "fence_async_shared": lambda: None, **plain}
 
     def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], _layout: Any) -> Any:
@@ -233,13 +233,17 @@ class Emulator:
         unset = float("nan") if dtype.is_floating_point else -(2**30)
         return Shared(torch.full(shape, unset, dtype=dtype))
 
+    def as_tiles(self, smem: Shared, shape: list[int], _layout: Any) -> Shared:
+        return Shared(smem.data.view(shape))
+
     def warp_specialize(self, partitions: list[tuple[Any, tuple[Any, ...]]], warps: list[int], regs: list[int]) -> None:
         assert len(partitions) == len(warps) + 1 == len(regs) + 1
         failures: list[BaseException] = []
 
         def run(function: Any, args: tuple[Any, ...]) -> None:
             try:
-                function(*args)
+                with torch.no_grad():  # a thread does not inherit it from autograd
+                    function(*args)
                 assert not self.flight.products, "left without waiting for a product"
                 assert not self.flight.stores, "left without waiting for a store"
             except BaseException as error:

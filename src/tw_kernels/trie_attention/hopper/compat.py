@@ -22,6 +22,13 @@ def _add_3_6(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> N
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
+@_core.builtin
+def as_tiles(smem: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
+    """The same shared memory as tiles of another shape; the method for it was private once."""
+    shape = [_core._unwrap_if_constexpr(size) for size in shape]
+    return _semantic.memdesc_reinterpret(smem, smem.dtype, shape, _core._unwrap_if_constexpr(layout))
+
+
 tma_load = tma.async_load if RENAMED else tma.async_copy_global_to_shared
 tma_store = tma.async_store if RENAMED else tma.async_copy_shared_to_global
 tma_add = tma.async_atomic_add if RENAMED else _add_3_6

@@ -18,11 +18,20 @@ from tw_kernels.trie_attention.config import matmul_precision, padded, pick_conf
 from tw_kernels.trie_attention.hopper.backward import MOST_LONGEST, _dkv_kernel
 from tw_kernels.trie_attention.hopper.forward import _forward_kernel
 from tw_kernels.trie_attention.hopper.passes import after_kernel, before_kernel
+from tw_kernels.trie_attention.hopper.support import BACKWARD_HEAD_DIMS
 from tw_kernels.trie_attention.plan import BlockPlan, make_plan
 from tw_kernels.trie_attention.tiles import LOG2_E
 
 STAGES = 2  # tiles in shared memory of what streams by: k and v forward, q and do backward
 ROWS = 64  # of the passes before and after
+# (D, Dv) -> tiles of the forward. Wide heads leave no shared memory for o, which then takes the place of q; those of
+# 256 leave registers for the logits of 64 keys. COLUMNS is the largest power of two that divides D.
+FORWARD_TILES = {
+    (64, 64): {"KEYS": 128, "COLUMNS": 64, "O_IN_Q": False},
+    (128, 128): {"KEYS": 128, "COLUMNS": 128, "O_IN_Q": False},
+    (192, 128): {"KEYS": 128, "COLUMNS": 64, "O_IN_Q": True},
+    (256, 256): {"KEYS": 64, "COLUMNS": 256, "O_IN_Q": True},
+}
 # Triton 3.10 turns contraction to multiply-add off by default.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _DTYPES = {
@@ -79,6 +88,7 @@ def launch_forward(
 
     Args:
         q: Shape (N, H, D), N >= 1, float16 or bfloat16; any strides, at the price of a copy where TMA cannot use them.
+            (D, Dv) must be a key of `FORWARD_TILES`.
         k: Shape (N, Hkv, D).
         v: Shape (N, Hkv, Dv).
         subtree_end: Shape (N,), int32.
@@ -93,11 +103,13 @@ def launch_forward(
     o = q.new_empty((n, heads, value_dim))
     lse = q.new_empty((heads, n), dtype=torch.float32)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    tiles = FORWARD_TILES[dim, value_dim]
+    keys, columns = tiles["KEYS"], tiles["COLUMNS"]
     _forward_kernel[(min(plan.num_blocks * heads, _multiprocessors(q.device)),)](
-        describe(q, block // 2), describe(k, block), describe(v, block), describe(o, block // 2),
-        describe_vector(end, block), plan.data, counter, lse,
+        describe(q, block // 2, columns), describe(k, keys, columns), describe(v, keys), describe(o, block // 2),
+        describe_vector(end, keys), plan.data, counter, lse,
         n, plan.num_blocks, kv_heads, heads // kv_heads, scale * LOG2_E.value,
-        D=dim, DV=value_dim, BLOCK=block, STAGES=STAGES, **OPTIONS,
+        D=dim, DV=value_dim, BLOCK=block, STAGES=STAGES, **tiles, **OPTIONS,
     )  # fmt: skip
     return o, lse
 
@@ -118,7 +130,7 @@ def launch_backward(
     """Allocate and compute dq, dk and dv.
 
     Args:
-        q: As in `launch_forward`, like every argument not named here.
+        q: As in `launch_forward`, like every argument not named here; D = Dv of 64 or 128.
         k: Shape (N, Hkv, D).
         v: Shape (N, Hkv, D).
         subtree_end: Shape (N,), int32.
@@ -187,11 +199,12 @@ def _dq_pass(
     )  # fmt: skip
 
 
-def try_one_row(dim: int, dtype: torch.dtype) -> None:
+def try_one_row(dim: int, value_dim: int, dtype: torch.dtype) -> None:
     """Compile and launch every kernel of one shape for one row; raises what Triton raises."""
-    x = torch.zeros((1, 1, dim), dtype=dtype, device="cuda")
+    q, v = (torch.zeros((1, 1, columns), dtype=dtype, device="cuda") for columns in (dim, value_dim))
     end = torch.ones(1, dtype=torch.int32, device="cuda")
     plan = make_plan(end)
-    o, lse = launch_forward(x, x, x, end, plan, scale=1.0)
-    for deterministic in (False, True):
-        launch_backward(x, x, x, end, plan, o, lse, x, scale=1.0, deterministic=deterministic)
+    o, lse = launch_forward(q, q, v, end, plan, scale=1.0)
+    if (dim, value_dim) in BACKWARD_HEAD_DIMS:
+        for deterministic in (False, True):
+            launch_backward(q, q, v, end, plan, o, lse, v, scale=1.0, deterministic=deterministic)

@@ -1,8 +1,9 @@
 """Whether impl="hopper" runs here and takes a call; loads neither triton nor Gluon before it must.
 
-The rule: a GPU of compute capability 9.0, float16 or bfloat16, D = Dv of 64 or 128, no window, softcap or sinks, and
+The rule: a GPU of compute capability 9.0, float16 or bfloat16, (D, Dv) in HEAD_DIMS, no window, softcap or sinks, and
 Gluon kernels that compile with the installed Triton. The last is tried once a process and shape, on one row; where it
-fails, one warning names the reason and impl="auto" goes on with the portable kernels.
+fails, one warning names the reason and impl="auto" goes on with the portable kernels. Heads outside of
+BACKWARD_HEAD_DIMS have a forward here and the portable backward, which wants nothing but o and lse.
 Guarded by tests/kernels/test_hopper.py.
 """
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from tw_kernels.trie_attention.call import AttentionCall
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))  # (D, Dv)
+BACKWARD_HEAD_DIMS = ((64, 64), (128, 128))
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK = 128  # rows of the plan's blocks
 
@@ -43,10 +45,10 @@ def why_unsupported(call: AttentionCall) -> str | None:
     if call.plan is not None and call.plan.block != BLOCK:
         return f"plan must have blocks of {BLOCK} rows, got {call.plan.block}; call make_plan(subtree_end)"
     # A symbolic dimension of torch.compile becomes the number that it equals.
-    for dim in HEAD_DIMS:
-        if call.q.shape[2] == dim and call.v.shape[2] == dim:
-            return why_broken(dim, call.q.dtype)
-    return f"head dimensions must be 64 or 128 and the same, got D={call.q.shape[2]} and Dv={call.v.shape[2]}"
+    for dim, value_dim in HEAD_DIMS:
+        if call.q.shape[2] == dim and call.v.shape[2] == value_dim:
+            return why_broken(dim, value_dim, call.q.dtype)
+    return f"(D, Dv) must be one of {', '.join(map(str, HEAD_DIMS))}, got ({call.q.shape[2]}, {call.v.shape[2]})"
 
 
 def hopper_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -61,9 +63,9 @@ def why_other_chip(device: int) -> str | None:
     return _chip_reason(device)
 
 
-def why_broken(dim: int, dtype: torch.dtype) -> str | None:
+def why_broken(dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
     """Why the installed Triton does not compile the kernels of one shape, or None; warns once when it does not."""
-    return _compile_reason(dim, dtype)
+    return _compile_reason(dim, value_dim, dtype)
 
 
 # To torch.compile both are constants, found out while it traces: what `torch.compiler.assume_constant_result` would set
@@ -83,15 +85,15 @@ def _chip_reason(device: int) -> str | None:
 
 
 @functools.cache
-def _compile_reason(dim: int, dtype: torch.dtype) -> str | None:
+def _compile_reason(dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
     try:
         from tw_kernels.trie_attention.hopper.launch import try_one_row
 
-        try_one_row(dim, dtype)
+        try_one_row(dim, value_dim, dtype)
     except Exception as error:  # whatever this Triton raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         warnings.warn(
-            f"the Hopper kernels of trie attention do not compile here (D={dim}, {dtype}): {reason}; "
+            f"the Hopper kernels of trie attention do not compile here (D={dim}, Dv={value_dim}, {dtype}): {reason}; "
             "impl='auto' uses the portable kernels",
             RuntimeWarning,
             stacklevel=2,
