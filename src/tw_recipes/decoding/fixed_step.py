@@ -1,15 +1,17 @@
-"""Decoding steps of fixed shape, replayed as a CUDA graph: a token costs what its kernels take, not their launches.
+"""Decoding steps of fixed shape, replayed as CUDA graphs: a token costs what its kernels take, not their launches.
 
-    prefill (eager) ──► keys, values and mask with room for more tokens ──► captured once ──► replayed for every token
-    the room is used up, or half of the rows have finished ──► moved to other buffers and captured again
+    prefill (eager) ──► buffers with room for more tokens and rows ──► captured once ──► replayed for every token
+    the room is used up, or half of the rows have finished ──► moved to buffers of another shape
 
-Shapes are those of the buffers, so rows that have finished compute on, unread, until `keep` drops them. Only for models
-whose every layer has full attention by SDPA: see `fits`. Without a GPU the same steps run uncaptured.
+Rows come in powers of two and tokens in multiples of `ROOM`, so that one batch after another meets the same shapes:
+`FixedSteps` keeps their buffers and graphs. Rows without a call, or with one that has finished, compute on unread. Only
+for models whose every layer has full attention by SDPA: see `fits` and `holds`. Without a GPU the steps run uncaptured.
 
 Tests: tests/recipes/decoding/test_fixed_step.py.
 """
 
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from tw_recipes import _compat
 
 ROOM = 256
 """Tokens that buffers grow by. A capture takes about as long as two steps without a graph."""
+KEPT_BYTES = 4 * 2**30
+"""Keys and values that `FixedSteps` keeps for batches to come."""
 
 
 def fits(model: Any) -> bool:
@@ -38,35 +42,72 @@ def holds(cache: DynamicCache) -> bool:
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-class FixedStep:
-    """The next token of every row of a batch, again and again.
+class FixedSteps:
+    """Buffers and graphs of one model by shape, for one batch at a time.
+
+    They are made anew when the model's parameters lie elsewhere or it has other hooks, and for every batch where PEFT
+    layers are in it, whose adapters can be switched without a trace.
 
     Args:
         model: A causal language model, see `fits`.
-        cache: Prefilled, R rows, S tokens, see `holds`. It is not needed afterwards.
-        mask: Which of the S tokens a row may see. int64[R, S], 1 or 0.
-        positions: Position of each row's next token. int64[R, 1].
         room: Tokens that buffers grow by.
+        kept_bytes: Bounds what is kept; the shapes used last stay.
     """
 
-    def __init__(self, model: Any, cache: DynamicCache, mask: Tensor, positions: Tensor, *, room: int = ROOM) -> None:
-        self.model, self.room = model, room
-        self.cache_name = _compat.cache_argument(model)
-        self.length = mask.shape[1]
-        self.captures = positions.device.type == "cuda"
-        self.slot = torch.tensor([self.length], device=positions.device)
-        self.positions = positions.clone()
-        self.ids = torch.zeros_like(positions)
-        self.mask = mask.bool()[:, None, None, :]
-        self.layers = [_Slots(layer.keys, layer.values, self.slot) for layer in cache.layers]
-        self.graph: Any = None
-        self.logits = torch.empty(0)
-        self._grow()
+    def __init__(self, model: Any, *, room: int = ROOM, kept_bytes: int = KEPT_BYTES) -> None:
+        self.model, self.room, self.kept_bytes = model, room, kept_bytes
+        self.captures = model.device.type == "cuda"
+        self._kept: OrderedDict[tuple[int, int], _Buffers] = OrderedDict()
+        self._made_for: Any = None
 
-    @property
-    def rows(self) -> int:
-        """Rows of the batch, finished ones that were not dropped included."""
-        return self.ids.shape[0]
+    def begin(self, cache: DynamicCache, mask: Tensor, positions: Tensor) -> "FixedStep":
+        """The steps after a prefill.
+
+        Args:
+            cache: Prefilled, R rows, S tokens, see `holds`. It is not needed afterwards.
+            mask: Which of the S tokens a row may see. int64[R, S], 1 or 0.
+            positions: Position of each row's next token. int64[R, 1].
+        """
+        current = self._fingerprint()
+        if current is None or current != self._made_for:
+            self.clear()
+        self._made_for = current
+        return FixedStep(self, [(layer.keys, layer.values) for layer in cache.layers], mask, positions)
+
+    def clear(self) -> None:
+        """Free all buffers that no batch uses."""
+        self._kept.clear()
+
+    def take(self, rows: int, tokens: int, like: list[tuple[Tensor, Tensor]]) -> "_Buffers":
+        """Buffers for at least so many rows and one token more than `tokens`."""
+        shape = (1 << (rows - 1).bit_length(), (tokens // self.room + 1) * self.room)
+        return self._kept.pop(shape, None) or _Buffers(shape, like)
+
+    def give(self, buffers: "_Buffers") -> None:
+        """Keep buffers for a later batch, as far as they fit."""
+        self._kept[buffers.shape] = buffers
+        while sum(entry.nbytes for entry in self._kept.values()) > self.kept_bytes:
+            self._kept.popitem(last=False)
+
+    def _fingerprint(self) -> Any:
+        hooks: list[int] = []
+        for module in self.model.modules():
+            if hasattr(module, "base_layer"):  # of PEFT
+                return None
+            hooks += (*module._forward_hooks, *module._forward_pre_hooks)
+        forward = getattr(self.model.forward, "__func__", self.model.forward)
+        return [parameter.data_ptr() for parameter in self.model.parameters()], hooks, id(forward)
+
+
+class FixedStep:
+    """The next token of every row of a batch, again and again; `FixedSteps.begin` makes it."""
+
+    def __init__(self, steps: FixedSteps, layers: list[tuple[Tensor, Tensor]], mask: Tensor, positions: Tensor) -> None:
+        self.steps, self.model = steps, steps.model
+        self.cache_name = _compat.cache_argument(self.model)
+        self.rows, self.length = mask.shape
+        self.at = steps.take(self.rows, self.length, layers)
+        self.at.fill(layers, mask.bool()[:, None, None, :], positions)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits of each row's next token; they are overwritten by the next call.
@@ -77,71 +118,102 @@ class FixedStep:
         Returns:
             [R, vocabulary], in the type of the model.
         """
-        if self.length == self.mask.shape[-1]:
-            self._grow()
-        self.ids.copy_(tokens[:, None])
-        if self.captures and self.graph is None:
+        if self.length == self.at.shape[1]:
+            self._move(slice(self.rows))
+        self.at.ids[: self.rows] = tokens[:, None]
+        if self.steps.captures and self.at.graph is None:
             self._capture()
-        if self.graph is None:
-            self.logits = self._forward()
+        if self.at.graph is None:
+            self.at.logits = self._forward()
         else:
-            self.graph.replay()
+            self.at.graph.replay()
         self.length += 1
-        return self.logits
+        return self.at.logits[: self.rows]
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all other rows. int64[K]."""
-        self.graph = None
-        self.ids, self.positions, self.mask = self.ids[rows], self.positions[rows], self.mask[rows]
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        """Drop all other rows. int64[K], K at most half of them; none ends the batch."""
+        if len(rows):
+            self.rows = len(rows)
+            self._move(rows)
+        else:
+            self.steps.give(self.at)
 
-    def _grow(self) -> None:
-        self.graph = None
-        self.mask = torch.nn.functional.pad(self.mask, (0, self.room))
-        for layer in self.layers:
-            layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, self.room))
-            layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, self.room))
+    def _move(self, rows: Tensor | slice) -> None:
+        old = self.at
+        layers = [(layer.keys[rows, :, : self.length], layer.values[rows, :, : self.length]) for layer in old.layers]
+        self.at = self.steps.take(self.rows, self.length, layers)
+        self.at.fill(layers, old.mask[rows, ..., : self.length], old.positions[rows])
+        self.steps.give(old)
 
     def _forward(self) -> Tensor:
-        self.mask.index_fill_(3, self.slot, True)
+        at = self.at
+        at.mask.index_fill_(3, at.slot, True)
         output = self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,  # four dimensions: taken as it is by every layer
-            position_ids=self.positions,
+            input_ids=at.ids,
+            attention_mask=at.mask,  # four dimensions: taken as it is by every layer
+            position_ids=at.positions,
             use_cache=True,
             logits_to_keep=1,
-            **{self.cache_name: Cache(layers=list(self.layers))},
+            **{self.cache_name: Cache(layers=list(at.layers))},
         )
-        self.positions.add_(1)
-        self.slot.add_(1)
+        at.positions.add_(1)
+        at.slot.add_(1)
         logits: Tensor = output.logits[:, -1]
         return logits
 
     def _capture(self) -> None:
-        """Capture a step; where that fails, say why once and run without a graph from here on."""
-        stream = torch.cuda.Stream()
+        """Capture a step; where that fails, say why once and run without graphs from here on."""
+        at, stream = self.at, torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward()  # libraries set themselves up outside the capture; it writes what the step itself will
-            self.positions.sub_(1)
-            self.slot.sub_(1)
+            at.positions.sub_(1)
+            at.slot.sub_(1)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = self._forward()
+                at.logits = self._forward()
         except RuntimeError as error:
-            self.captures = False
+            self.steps.captures = False
             message = str(error).partition("\n")[0]
             warnings.warn(f"decoding runs without CUDA graphs: {type(self.model).__name__}: {message}", stacklevel=2)
         else:
-            self.graph = graph
+            at.graph = graph
+
+
+class _Buffers:
+    """What a step of one shape, (rows, tokens), reads and writes, and its graph."""
+
+    def __init__(self, shape: tuple[int, int], like: list[tuple[Tensor, Tensor]]) -> None:
+        self.shape = rows, tokens = shape
+        device = like[0][0].device
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self.ids, self.positions = torch.zeros((2, rows, 1), dtype=torch.int64, device=device)
+        self.mask = torch.zeros((rows, 1, 1, tokens), dtype=torch.bool, device=device)
+        self.layers = [
+            _Slots(*(x.new_zeros((rows, x.shape[1], tokens, x.shape[3])) for x in pair), self.slot) for pair in like
+        ]
+        self.nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        self.graph: Any = None
+        self.logits = torch.empty(0)
+
+    def fill(self, layers: list[tuple[Tensor, Tensor]], mask: Tensor, positions: Tensor) -> None:
+        """Begin after the tokens that `layers` hold. Keys and values left in the room are finite, and masked."""
+        rows, tokens = mask.shape[0], mask.shape[3]
+        self.slot.fill_(tokens)
+        self.ids.zero_()
+        self.positions.zero_()
+        self.positions[:rows] = positions
+        self.mask.zero_()
+        self.mask[:rows, ..., :tokens] = mask
+        for mine, (keys, values) in zip(self.layers, layers, strict=True):
+            mine.keys[:rows, :, :tokens] = keys
+            mine.values[:rows, :, :tokens] = values
 
 
 class _Slots(CacheLayerMixin):
     """Keys and values of one layer, with room: a step writes its token at `slot`. [R, heads, capacity, head dim]."""
-
 
     def __init__(self, keys: Tensor, values: Tensor, slot: Tensor) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ from tw_recipes import _compat
 from tw_recipes.attention import native_attention
 from tw_recipes.decoding import fixed_step
 from tw_recipes.decoding.engine import Completion, Request, Sampling
-from tw_recipes.decoding.fixed_step import FixedStep
+from tw_recipes.decoding.fixed_step import FixedStep, FixedSteps
 from tw_recipes.decoding.waves import WaveEngine
 from tw_recipes.support import unwrap
 
@@ -57,6 +57,7 @@ class LockstepEngine(WaveEngine):
         config = self.model.config.get_text_config()
         max_context = max_context or getattr(config, "max_position_embeddings", None)
         self.cuda_graphs = cuda_graphs
+        self._fixed: FixedSteps | None = None
         super().__init__(eos_ids, self.model.get_input_embeddings().num_embeddings, max_context, max_batch)
 
     async def _complete(self, requests: list[Request]) -> list[Completion]:
@@ -64,8 +65,10 @@ class LockstepEngine(WaveEngine):
         try:
             self.model.eval()
             with torch.no_grad(), native_attention(self.model):
-                fixed = self.cuda_graphs and fixed_step.fits(self.model)
-                batch = _Wave(self.model, requests, self.eos_ids[0], fixed=fixed)
+                fixed = None
+                if self.cuda_graphs and fixed_step.fits(self.model):
+                    fixed = self._fixed = self._fixed or FixedSteps(self.model)
+                batch = _Wave(self.model, requests, self.eos_ids[0], fixed)
                 while batch.rows:
                     batch.step()
                     await asyncio.sleep(0)
@@ -73,11 +76,15 @@ class LockstepEngine(WaveEngine):
             self.model.train(was_training)
         return [batch.completion(place) for place in range(len(requests))]
 
+    async def aclose(self) -> None:
+        """Frees the buffers of CUDA graphs; the next call makes them anew."""
+        self._fixed = None
+
 
 class _Wave:
     """One batch from its prefill to its last token. `rows` names the call of each row."""
 
-    def __init__(self, model: PreTrainedModel, requests: list[Request], padding: int, *, fixed: bool) -> None:
+    def __init__(self, model: PreTrainedModel, requests: list[Request], padding: int, fixed: FixedSteps | None) -> None:
         self.model, self.requests, self.fixed = model, requests, fixed
         device = model.device
         self.sampling: Sampling = requests[0].sampling
@@ -122,8 +129,8 @@ class _Wave:
         if len(keep) < len(self.rows) and (self.next is None or 2 * len(keep) <= len(self.rows)):
             self._keep(keep)
         if self.next is None:
-            if self.rows and self.fixed and fixed_step.holds(self.cache):
-                self.next = FixedStep(self.model, self.cache, self.mask, self.positions)
+            if self.rows and self.fixed is not None and fixed_step.holds(self.cache):
+                self.next = self.fixed.begin(self.cache, self.mask, self.positions)
                 self.cache = DynamicCache(config=self.model.config)  # its memory
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(keep), 1)], dim=1)
 

@@ -2,9 +2,9 @@
 
     problems ──ForkJoinDecoder──► trajectories.jsonl (goes on after a kill) ──grade──► figures of one stage
 
-Held-out problems are decoded by `LockstepEngine`, whose results do not depend on a clock. Wall clock is measured greedily
-with what a user would run in this process: `TransformersEngine` (continuous batching) on a CPU, `LockstepEngine` (CUDA
-graphs) on a GPU.
+Held-out problems are decoded by `LockstepEngine`, whose results do not depend on a clock. Wall clock is measured
+greedily with what a user would run in this process: `TransformersEngine` (continuous batching) on a CPU,
+`LockstepEngine` (CUDA graphs) on a GPU.
 Tests: tests/recipes/pipelines/test_reproduce_measure.py.
 """
 
@@ -24,7 +24,7 @@ from tw_recipes.decoding.transformers_engine import TransformersEngine
 from tw_recipes.evaluation.metrics import wilson
 from tw_recipes.rollout import Prompt, read_trajectories, rollout
 
-IN_FLIGHT = 128  # trajectories: bounds the memory of the cache
+IN_FLIGHT = {"cpu": 128, "cuda": 256}  # trajectories: bounds the memory of the cache
 
 
 def limits_for(rows: Sequence[Mapping[str, str]], tokenizer: Any, *, fork: bool) -> Limits:
@@ -71,7 +71,7 @@ def decode(
         )
         for place, row in enumerate(rows)
     )
-    summary = rollout(prompts, decoder, tokenizer, path, concurrency=IN_FLIGHT, units=units)
+    summary = rollout(prompts, decoder, tokenizer, path, concurrency=IN_FLIGHT[model.device.type], units=units)
     found = sorted(read_trajectories(path), key=lambda row: row["id"])
     if summary.failed or len(found) != len(rows):
         lost = next((row["reason"] for row in found if row["status"] in ("error", "cancelled")), "a line is missing")
