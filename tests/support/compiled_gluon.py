@@ -22,7 +22,7 @@ def signature_of(job: dict[str, Any]) -> tuple[Any, dict[str, str], dict[str, An
     """The kernel of a job, the types of its arguments and its constants, as launch.py would have them."""
     import torch
 
-    from tw_kernels.trie_attention.hopper import backward, forward, launch
+    from tw_kernels.trie_attention.hopper import backward, forward, launch, wide
 
     dim, value_dim, dtype = *job["dims"], getattr(torch, job["dtype"])
     constants = {"D": dim, "BLOCK": 128, "STAGES": launch.STAGES}
@@ -32,6 +32,12 @@ def signature_of(job: dict[str, Any]) -> tuple[Any, dict[str, str], dict[str, An
         keys, columns = constants["KEYS"], constants["COLUMNS"]
         tiles = {"q": (64, columns, dtype), "k": (keys, columns, dtype), "v": (keys, value_dim, dtype)}
         tiles |= {"o": (64, value_dim, dtype), "end": (0, keys, torch.int32)}
+    elif job["kernel"] == "wide_backward":
+        kernel = wide._wide_dkv_kernel
+        constants |= {"DV": value_dim, **launch.WIDE_TILES[dim, value_dim]} | job["constants"]
+        columns, tile = constants["COLUMNS"], constants["TILE"]
+        tiles = dict.fromkeys(("k", "dk"), (64, columns, dtype)) | dict.fromkeys(("v", "dv"), (64, value_dim, dtype))
+        tiles |= {"q": (tile, columns, dtype), "do": (tile, value_dim, dtype), "stats": (0, tile, torch.float32)}
     else:
         kernel = backward._dkv_kernel
         constants |= {"WITH_DQ": True}

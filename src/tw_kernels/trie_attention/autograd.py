@@ -1,7 +1,6 @@
 """Registers the kernels with torch.library: one op forward, one backward, one for the plan.
 
-With `hopper` the two attention ops launch the Gluon kernels of hopper/ (backward: where it has them for the head
-dimensions), else the portable Triton kernels.
+With `hopper` the two attention ops launch the Gluon kernels of hopper/, else the portable Triton kernels.
 
 Saved for the backward: q, k, v, o, lse, sinks and the integer tensors (subtree_end, depth, plan). Computed again there:
 logits and probabilities. torch.compile sees opaque ops with fake kernels; the plan op is pure, so that a compiled graph
@@ -19,7 +18,6 @@ from tw_kernels.trie_attention.backward import launch_backward
 from tw_kernels.trie_attention.call import AttentionCall
 from tw_kernels.trie_attention.config import Pass, TileConfig, pick_config, plan_block
 from tw_kernels.trie_attention.forward import launch_forward
-from tw_kernels.trie_attention.hopper.support import BACKWARD_HEAD_DIMS
 from tw_kernels.trie_attention.plan import BlockPlan, cached_plan, plan_data, plan_size
 
 OPTIONS = "SymInt block, float scale, SymInt? window, float? softcap, bool hopper, bool deterministic"
@@ -111,7 +109,7 @@ def _backward_impl(
     """dq, dk, dv and dsinks, the last one empty without sinks."""
     blocks = BlockPlan(plan, q.shape[0], block, window)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        if hopper and (q.shape[2], v.shape[2]) in BACKWARD_HEAD_DIMS:
+        if hopper:
             from tw_kernels.trie_attention.hopper import launch
 
             dq, dk, dv = launch.launch_backward(

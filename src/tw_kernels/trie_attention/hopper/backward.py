@@ -63,14 +63,26 @@ def _load(
     q_desc, k_desc, v_desc, do_desc, stats_desc, q_smem, k_smem, v_smem, do_smem, stats_smem,
     tile_smem, kv_full, full, empty, plan_ptr, block, kv_head, num_blocks, kv_heads, group,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    ROWS: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr, CHUNKS: gl.constexpr,
 ):  # fmt: skip
-    """Load K and V once, then queries, output gradients and their statistics, tile by tile."""
-    M: gl.constexpr = BLOCK // 2
-    per_block = 2 * group  # tiles
-    BYTES: gl.constexpr = q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes
-    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma_load(k_desc, [kv_head, block * BLOCK, 0], kv_full, k_smem)
-    tma_load(v_desc, [kv_head, block * BLOCK, 0], kv_full, v_smem)
+    """Load K and V once in tiles of ROWS, then queries, output gradients and statistics in tiles of TILE.
+
+    Q and K come in CHUNKS tiles of COLUMNS side by side.
+    """
+    per_block = BLOCK // TILE * group  # tiles
+    BYTES: gl.constexpr = (
+        CHUNKS * q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes
+    )
+    mbarrier.expect(kv_full, BLOCK // ROWS * (CHUNKS * k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+    if ROWS == BLOCK:
+        tma_load(k_desc, [kv_head, block * BLOCK, 0], kv_full, k_smem)
+        tma_load(v_desc, [kv_head, block * BLOCK, 0], kv_full, v_smem)
+    else:
+        for i in gl.static_range(BLOCK // ROWS):
+            first_k = block * BLOCK + i * ROWS
+            for j in gl.static_range(CHUNKS):
+                tma_load(k_desc, [kv_head, first_k, j * COLUMNS], kv_full, k_smem.index(i * CHUNKS + j))
+            tma_load(v_desc, [kv_head, first_k, 0], kv_full, v_smem.index(i))
     partial, n_partial, full_tiles, n_full, list_step = tile_list(plan_ptr, block, num_blocks, True)
     width = num_blocks * BLOCK
     taken = 0  # partial tiles
@@ -84,12 +96,13 @@ def _load(
         taken += is_partial
         for part in range(0, per_block):
             head = kv_head * group + part % group
-            first_q = query_block * BLOCK + (part // group) * M
+            first_q = query_block * BLOCK + (part // group) * TILE
             stage = step % STAGES
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, BYTES)
-            tma_load(q_desc, [head, first_q, 0], bar, q_smem.index(stage))
+            for j in gl.static_range(CHUNKS):
+                tma_load(q_desc, [head, first_q, j * COLUMNS], bar, q_smem.index(stage * CHUNKS + j))
             tma_load(stats_desc, [head * width + first_q], bar, stats_smem.index(2 * stage))
             tma_load(do_desc, [head, first_q, 0], bar, do_smem.index(stage))
             tma_load(stats_desc, [(kv_heads * group + head) * width + first_q], bar, stats_smem.index(2 * stage + 1))
@@ -223,6 +236,7 @@ def _dkv_kernel(
             (_load, (
                 q_desc, k_desc, v_desc, do_desc, stats_desc, q_smem, k_smem, v_smem, do_smem, stats_smem,
                 tile_smem, kv_full, full, empty, plan_ptr, block, kv_head, num_blocks, kv_heads, group, BLOCK, STAGES,
+                BLOCK, M, D, 1,
             )),
             (_compute, (
                 dk_desc, dv_desc, dq_desc, q_smem, k_smem, v_smem, do_smem, stats_smem, ds_smem, dq_smem,

@@ -18,7 +18,7 @@ from tw_kernels.trie_attention.config import matmul_precision, padded, pick_conf
 from tw_kernels.trie_attention.hopper.backward import MOST_LONGEST, _dkv_kernel
 from tw_kernels.trie_attention.hopper.forward import _forward_kernel
 from tw_kernels.trie_attention.hopper.passes import after_kernel, before_kernel
-from tw_kernels.trie_attention.hopper.support import BACKWARD_HEAD_DIMS
+from tw_kernels.trie_attention.hopper.wide import _wide_dkv_kernel
 from tw_kernels.trie_attention.plan import BlockPlan, make_plan
 from tw_kernels.trie_attention.tiles import LOG2_E
 
@@ -31,6 +31,12 @@ FORWARD_TILES = {
     (128, 128): {"KEYS": 128, "COLUMNS": 128, "O_IN_Q": False},
     (192, 128): {"KEYS": 128, "COLUMNS": 64, "O_IN_Q": True},
     (256, 256): {"KEYS": 64, "COLUMNS": 256, "O_IN_Q": True},
+}
+# (D, Dv) -> tiles of the pass for dk and dv of wide heads, and its launches: dk and dv together where registers allow.
+WIDE_TILES = {(192, 128): {"TILE": 32, "COLUMNS": 64}, (256, 256): {"TILE": 32, "COLUMNS": 256}}
+WIDE_PASSES = {
+    (192, 128): [{"WITH_DK": True, "WITH_DV": True}],
+    (256, 256): [{"WITH_DK": True, "WITH_DV": False}, {"WITH_DK": False, "WITH_DV": True}],
 }
 # Triton 3.10 turns contraction to multiply-add off by default.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -130,31 +136,47 @@ def launch_backward(
     """Allocate and compute dq, dk and dv.
 
     Args:
-        q: As in `launch_forward`, like every argument not named here; D = Dv of 64 or 128.
+        q: As in `launch_forward`, like every argument not named here.
         k: Shape (N, Hkv, D).
-        v: Shape (N, Hkv, D).
+        v: Shape (N, Hkv, Dv).
         subtree_end: Shape (N,), int32.
         plan: The forward's plan.
-        o: The forward's output. Shape (N, H, D).
+        o: The forward's output. Shape (N, H, Dv).
         lse: The forward's. Shape (H, N), float32.
-        grad_o: Gradient of the loss by `o`. Shape (N, H, D).
+        grad_o: Gradient of the loss by `o`. Shape (N, H, Dv).
         scale: Logit scale, positive.
-        deterministic: Compute dq in a pass of its own, the portable one, instead of adding it up in any order.
+        deterministic: Compute dq in a pass of its own, the portable one, instead of adding it up in any order; for wide
+            heads it always is.
     """
     n, heads, dim = q.shape
-    kv_heads = v.shape[1]
+    kv_heads, value_dim = v.shape[1:]
     block = plan.block
+    wide = (dim, value_dim) in WIDE_PASSES
+    deterministic = deterministic or wide
     q, k, v, grad_o = describable(q), describable(k), describable(v), describable(grad_o)
-    dq, dk, dv = q.new_empty((n, heads, dim)), k.new_empty((n, kv_heads, dim)), v.new_empty((n, kv_heads, dim))
+    dq, dk, dv = q.new_empty((n, heads, dim)), k.new_empty((n, kv_heads, dim)), v.new_empty((n, kv_heads, value_dim))
     width = plan.num_blocks * block
     stats = q.new_empty((2 * heads * width,), dtype=torch.float32)
     # One row where the sums are unused: a kernel has one signature.
     sums = q.new_empty((heads, 1 if deterministic else n, dim), dtype=torch.float32).transpose(0, 1)
     before_kernel[(width // ROWS, heads)](
         o, grad_o, lse, stats, None if deterministic else sums,
-        o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), n, width, D=dim, ROWS=ROWS, **OPTIONS,
+        o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), n, width, D=value_dim, ROWS=ROWS, **OPTIONS,
     )  # fmt: skip
     longest = min(plan.num_blocks, MOST_LONGEST.value, _multiprocessors(q.device) // kv_heads)  # one wave of all heads
+    if wide:
+        tiles = WIDE_TILES[dim, value_dim]
+        rows, columns = tiles["TILE"], tiles["COLUMNS"]
+        for outputs in WIDE_PASSES[dim, value_dim]:
+            _wide_dkv_kernel[(plan.num_blocks * kv_heads,)](
+                describe(q, rows, columns), describe(k, block // 2, columns), describe(v, block // 2),
+                describe(grad_o, rows), describe_vector(stats, rows),
+                describe(dk, block // 2, columns), describe(dv, block // 2), plan.data, subtree_end,
+                n, plan.num_blocks, longest, kv_heads, heads // kv_heads, scale, scale * LOG2_E.value,
+                D=dim, DV=value_dim, BLOCK=block, STAGES=STAGES, **tiles, **outputs, **OPTIONS,
+            )  # fmt: skip
+        _dq_pass(q, k, v, subtree_end, plan, o, lse, grad_o, dq, scale)
+        return dq, dk, dv
     _dkv_kernel[(plan.num_blocks * kv_heads,)](
         describe(q, block // 2), describe(k, block), describe(v, block), describe(grad_o, block // 2),
         describe_vector(stats, block // 2), describe(dk, block // 2), describe(dv, block // 2),
@@ -185,15 +207,15 @@ def _dq_pass(
 ) -> None:
     """Fill dq by the portable kernel; arguments as in `launch_backward`."""
     n, heads, dim = q.shape
-    kv_heads = v.shape[1]
+    kv_heads, value_dim = v.shape[1:]
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    config = pick_config(dim, dim, q.dtype, capability, "dq")
+    config = pick_config(dim, value_dim, q.dtype, capability, "dq")
     delta = q.new_empty((heads, n), dtype=torch.float32)
     _dq_kernel[(plan.num_blocks * (plan.block // config.block_m) * heads,)](
         q, k, v, subtree_end, None, plan.data, o, grad_o, lse, delta, dq,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), dq.stride(0), dq.stride(1),
-        n, plan.num_blocks, 0, scale, 1.0, D=dim, DV=dim, BLOCK_D=padded(dim), BLOCK_DV=padded(dim),
+        n, plan.num_blocks, 0, scale, 1.0, D=dim, DV=value_dim, BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, BLOCK=plan.block, HAS_SOFTCAP=False,
         PRECISION=matmul_precision(), **config.options(),
     )  # fmt: skip
@@ -205,6 +227,5 @@ def try_one_row(dim: int, value_dim: int, dtype: torch.dtype) -> None:
     end = torch.ones(1, dtype=torch.int32, device="cuda")
     plan = make_plan(end)
     o, lse = launch_forward(q, q, v, end, plan, scale=1.0)
-    if (dim, value_dim) in BACKWARD_HEAD_DIMS:
-        for deterministic in (False, True):
-            launch_backward(q, q, v, end, plan, o, lse, v, scale=1.0, deterministic=deterministic)
+    for deterministic in (False, True):
+        launch_backward(q, q, v, end, plan, o, lse, v, scale=1.0, deterministic=deterministic)

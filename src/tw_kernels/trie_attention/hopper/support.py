@@ -2,8 +2,7 @@
 
 The rule: a GPU of compute capability 9.0, float16 or bfloat16, (D, Dv) in HEAD_DIMS, no window, softcap or sinks, and
 Gluon kernels that compile with the installed Triton. The last is tried once a process and shape, on one row; where it
-fails, one warning names the reason and impl="auto" goes on with the portable kernels. Heads outside of
-BACKWARD_HEAD_DIMS have a forward here and the portable backward, which wants nothing but o and lse.
+fails, one warning names the reason and impl="auto" goes on with the portable kernels.
 Guarded by tests/kernels/test_hopper.py.
 """
 
@@ -19,7 +18,6 @@ from torch import Tensor
 from tw_kernels.trie_attention.call import AttentionCall
 
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))  # (D, Dv)
-BACKWARD_HEAD_DIMS = ((64, 64), (128, 128))
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCK = 128  # rows of the plan's blocks
 
