@@ -6,6 +6,7 @@ Tests: tests/recipes/sft/test_trainer.py, tests/recipes/sft/test_lora.py, tests/
 import logging
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from tw_recipes.attention import install
@@ -41,5 +42,7 @@ def prepare_for_tries(trainer: Any, *models: nn.Module) -> None:
         )
     impl = trainer.args.attention_impl
     for model in models:
+        if hasattr(model, "_original_forward"):  # under the autocast of an earlier trainer, which the probe must not be
+            extract_model_from_parallel(model, keep_fp32_wrapper=False)
         # Under FSDP the weights are still on the CPU here, where GPU implementations cannot be probed.
         install(model, impl=impl, probe=impl == "auto" or not trainer.is_fsdp_enabled)

@@ -114,6 +114,15 @@ def test_resume_gives_the_same_losses(tmp_path):
     assert largest_error(parameters(resumed.model), parameters(whole.model)) == 0
 
 
+def test_a_model_that_another_trainer_has_wrapped_in_autocast_is_accepted(tmp_path):
+    model = tiny_model("qwen3")
+    trie_trainer(model, SAMPLES, tmp_path, max_steps=1, bf16=True).train()
+    assert model(torch.tensor([[3, 4]])).logits.dtype == torch.float32  # as accelerate leaves it
+    assert hasattr(model, "_original_forward")
+    trie_trainer(model, SAMPLES, tmp_path, max_steps=1)
+    assert not hasattr(model, "_original_forward")
+
+
 def test_evaluation_equals_stock(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 5}
     stock, ours = _train_both(tmp_path, **options)
