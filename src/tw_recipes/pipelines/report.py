@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,14 @@ Example = tuple[str, str, str]
 
 
 def versions() -> dict[str, str]:
-    """Versions that decide the figures."""
-    packages = ("threadweaver", "torch", "transformers", "trl", "tokenizers", "datasets", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    """Versions that decide the figures; "source" for a package that runs from its sources, not installed."""
+    found = {"python": platform.python_version()}
+    for name in ("threadweaver", "torch", "transformers", "trl", "tokenizers", "datasets", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "source"
+    return found
 
 
 def training_figures(stages: Sequence[Trained]) -> dict[str, Any]:
