@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tw_core import TAGS
 from tw_recipes import cli, data
 from tw_recipes.pipelines import quickstart as module
+from tw_recipes.pipelines import report
 from tw_recipes.pipelines.comparison import Measured, compare
 
 
@@ -167,3 +169,14 @@ def test_speedups_are_per_problem_and_the_maximum_is_over_correct_ones() -> None
     assert found["sequential"]["accuracy"] == pytest.approx(2 / 3)
     none = compare(sequential, _measured([False] * 3, [50, 50, 200], 4.0))
     assert none["forkjoin"]["speedup_tokens_max"] is None
+
+
+def test_versions_of_a_package_that_runs_from_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        if name == "threadweaver":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(report, "version", missing)
+    assert report.versions()["threadweaver"] == "source"
+    assert report.versions()["torch"] == "1"

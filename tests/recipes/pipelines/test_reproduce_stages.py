@@ -102,6 +102,19 @@ def test_settings_survive_json(preset: str) -> None:
     assert Settings.from_json(json.loads(json.dumps(settings.as_json()))) == settings
 
 
+def test_none_stays_none_at_any_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_start = replace(PRESETS["cpu"], training=replace(PRESETS["cpu"].training, start_steps=0))
+    monkeypatch.setitem(PRESETS, "cpu", without_start)
+    assert settings_of("cpu", scale=0.001).training.start_steps == 0
+
+
+def test_the_mixed_stage_is_for_what_follows_it() -> None:
+    assert settings_of("h100").mixes
+    assert settings_of("h100", rounds=0).mixes
+    assert settings_of("h100", rl_steps=0).mixes
+    assert not settings_of("h100", rounds=0, rl_steps=0).mixes
+
+
 def test_one_flag_an_ablation() -> None:
     base = settings_of("cpu")
     assert base == PRESETS["cpu"]
@@ -116,7 +129,6 @@ def test_one_flag_an_ablation() -> None:
     small = settings_of("cpu", scale=0.001)
     assert (small.training.start_steps, small.training.steps, small.evaluation.problems) == (1, 1, 4)
     assert settings_of("cpu", rl_steps=0).reinforcement.steps == 0
-    assert settings_of("h100", scale=0.001).training.start_steps == 0  # none stays none
     for words, message in (
         ({"rounds": 3}, "rounds must be 0, 1 or 2, got 3"),
         ({"nested": True}, "nested=True needs the task multiply, got 'products'"),
