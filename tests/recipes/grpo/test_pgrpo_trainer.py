@@ -54,7 +54,9 @@ def test_the_sampler_and_the_trie_agree_and_the_measures_are_logged(tmp_path, en
     _, (logged,) = train(trainer)
     rows = list(read_trajectories(tmp_path / "rollouts" / "step-000000.jsonl"))
     assert len(rows) == 2 * GROUP
-    assert 0 < logged["sampling/trie_logp_difference/max"] < 1e-5
+    assert 0 < logged["sampling/trie_logp_difference/mean"] < 1e-6
+    # Two float32 passes, each up to 1e-5 from the exact value at an unlikely token; how calls are batched moves it.
+    assert logged["sampling/trie_logp_difference/max"] < 2e-5
     assert logged["sampling/trie_logp_difference/mean"] <= logged["sampling/trie_logp_difference/max"]
     assert logged["rollout/activation_ratio"] == sum(row["forks"] > 0 for row in rows) / len(rows) > 0
     assert logged["rollout/token_latency"] == sum(row["token_latency"] for row in rows) / len(rows)
