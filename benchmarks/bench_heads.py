@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from benchmarks.bench_trie_attention import device_ms
 from benchmarks.records import command_line, write_records
 from tests.support import attention_inputs
 
@@ -28,15 +29,7 @@ HEADS, KV_HEADS, ROUNDS = 32, 8, 5
 def median_ms(call: Callable[[], Any]) -> float:
     """Device time of a call in milliseconds, after one that is not counted."""
     call()
-    times = []
-    for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return median(times)
+    return median(device_ms(call) for _ in range(ROUNDS))
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:

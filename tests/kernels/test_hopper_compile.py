@@ -32,6 +32,7 @@ JOBS = [
     for constants in choices
 ]
 QUICK = [job for job in JOBS if job["dtype"] == "bfloat16" and job["dims"] != (64, 64)]
+QUICK += [{"kernel": "backward", "dims": (64, 64), "dtype": "float16", "constants": {}}]
 
 
 def reports(python: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -61,7 +62,7 @@ def check(report: dict[str, Any]) -> None:
 
 def test_sm_90_with_the_installed_triton() -> None:
     got = reports(sys.executable, QUICK)
-    assert len(got) == len(QUICK) == 8
+    assert len(got) == len(QUICK) == 9
     for report in got:
         check(report)
 

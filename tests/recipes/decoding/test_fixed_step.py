@@ -1,28 +1,18 @@
 """Fixed steps: the same tokens and log-probs as steps that grow, across growth of the buffers and rows that leave."""
 
-import asyncio
-
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
+from tests.recipes.decoding.test_lockstep_engine import CONTEXTS, run
 from tests.support.models import tiny_model
 from tw_recipes import _compat
 from tw_recipes.decoding import fixed_step
 from tw_recipes.decoding.engine import GREEDY, Request, Sampling
 from tw_recipes.decoding.fixed_step import ROOM, FixedStep, FixedSteps
 from tw_recipes.decoding.lockstep_engine import LockstepEngine
-
-CONTEXTS = [np.arange(3, 3 + length) for length in (2, 9, 5, 5, 1)]
-
-
-def run(engine, requests):
-    async def all_at_once():
-        return await asyncio.gather(*(engine.generate(request) for request in requests))
-
-    return asyncio.run(all_at_once())
 
 
 class Counted(FixedSteps):
