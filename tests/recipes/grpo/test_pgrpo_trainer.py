@@ -45,6 +45,18 @@ class Log(TrainerCallback):
         trainer._compute_loss = compute_loss
 
 
+def test_a_float32_model_that_trains_under_autocast_is_decoded_in_float32(tmp_path):
+    """Its paged cache held float32, and the layers wrote bfloat16: every rollout failed."""
+    model = taught_policy()
+    _, (logged,) = train(
+        pgrpo_trainer(tmp_path, model=model, engine="model", rollout_engine="transformers", max_steps=1, bf16=True)
+    )
+    assert logged["rollout/error"] == 0
+    assert logged["rollout/activation_ratio"] > 0
+    assert 1e-6 < logged["sampling/trie_logp_difference/mean"] < 2e-2
+    assert model.forward is not model._original_forward
+
+
 @pytest.mark.parametrize("engine", ["lockstep", "transformers"])
 def test_the_sampler_and_the_trie_agree_and_the_measures_are_logged(tmp_path, engine):
     """Rollouts of the model itself, nested blocks among them."""
