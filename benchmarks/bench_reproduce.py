@@ -5,6 +5,7 @@
     … --ablations std_normalisation leaky_loss rho_0 rounds_0 rounds_2                  each for every seed
     … --reuse           takes the results.json of runs that are there already
 
+When --minutes are used up, the file holds the runs that are finished, and the exit status is 3.
 Cases are seed_<n>, mean and spread (largest - smallest value over the seeds); an ablation's have its name before them.
 Accuracy and tokens depend on seed and versions alone, wall clock on the machine as it was.
 """
@@ -12,17 +13,22 @@ Accuracy and tokens depend on seed and versions alone, wall clock on the machine
 import argparse
 import json
 import math
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.records import write_records
 
+from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.reproduce import command
+from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME
 
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "std_normalisation": {"std_normalisation": True},
-    "leaky_loss": {"leaky_loss": True},
+    "std_normalisation": {"std_normalisation": True, "clocks": False},
+    "leaky_loss": {"leaky_loss": True, "clocks": False},
+    "leaky_loss_sft": {"leaky_loss": True, "clocks": False, "rounds": 0, "rl_steps": 0},
     "rho_0": {"rho": 0.0},
     "rounds_0": {"rounds": 0},
     "rounds_2": {"rounds": 2},
@@ -73,7 +79,7 @@ def over_seeds(runs: list[list[dict[str, Any]]], name: str) -> list[dict[str, An
     return found
 
 
-def main() -> None:
+def main() -> int:
     """Run the seeds and ablations one after another and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=["cpu", "h100"], default="cpu")
@@ -84,28 +90,35 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--rl-steps", type=int, default=None)
+    parser.add_argument("--mixed-steps", type=int, default=None)
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--results", type=Path, default=None, help="another file to write")
     parser.add_argument("--reuse", action="store_true", help="read finished runs instead of running")
     options = parser.parse_args()
-    shared = {name: getattr(options, name) for name in ("scale", "threads", "rounds", "rl_steps")}
+    shared = {name: getattr(options, name) for name in ("scale", "threads", "rounds", "rl_steps", "mixed_steps")}
+    until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     rows: list[dict[str, Any]] = []
+    finished: list[str] = []
+    pause: OutOfTime | None = None
     for variant in ["", *options.ablations]:
         runs = []
-        for seed in options.seeds:
-            # The stages of a seed are in one folder, so that an ablation makes only what it changes.
-            folder, kept = options.out / str(seed), options.out / str(seed) / f"results-{variant or 'base'}.json"
-            if not (options.reuse and kept.exists()):
-                flags = {**shared, "seed": seed, **ABLATIONS.get(variant, {})}
-                settings = command.settings_of(options.preset, **flags)
-                quietly(command.reproduce)(settings, folder, minutes=options.minutes)
-                kept.write_text((folder / "results.json").read_text())
-            runs.append(records(json.loads(kept.read_text()), f"{variant}{'_' if variant else ''}seed_{seed}"))
+        try:
+            for seed in options.seeds:
+                name = f"{variant}{'_' if variant else ''}seed_{seed}"
+                runs.append(records(_results(options, shared, variant, seed, until), name))
+        except OutOfTime as reached:
+            pause = reached
+            break
         rows += [record for run in runs for record in run]
         rows += over_seeds(runs, f"{variant}_" if variant else "")
+        finished.append(variant)
+    if pause is not None:
+        print(f"{pause}; finished: {', '.join(variant or 'the method as it is' for variant in finished) or 'no run'}")
+    if not rows:
+        return OUT_OF_TIME
     words = [f"--preset {options.preset}", f"--seeds {' '.join(map(str, options.seeds))}"]
     words += [f"--{n.replace('_', '-')} {v}" for n, v in shared.items() if v is not None and n != "threads"]
-    ablations = f" --ablations {' '.join(options.ablations)}" if options.ablations else ""
+    ablations = f" --ablations {' '.join(finished[1:])}" if finished[1:] else ""
     path = write_records(
         options.results or "reproduce",
         rows,
@@ -114,7 +127,23 @@ def main() -> None:
         device="cpu" if options.preset == "cpu" else "cuda",
     )
     print(path)
+    return 0 if pause is None else OUT_OF_TIME
+
+
+def _results(
+    options: argparse.Namespace, shared: dict[str, Any], variant: str, seed: int, until: float | None
+) -> dict[str, Any]:
+    """The results.json of one run."""
+    # The stages of a seed are in one folder, so that an ablation makes only what it changes.
+    folder = options.out / str(seed)
+    kept = folder / f"results-{variant or 'base'}.json"
+    if not (options.reuse and kept.exists()):
+        settings = command.settings_of(options.preset, **{**shared, "seed": seed, **ABLATIONS.get(variant, {})})
+        minutes = None if until is None else (until - time.monotonic()) / 60
+        quietly(command.reproduce)(settings, folder, minutes=minutes)
+        kept.write_text((folder / "results.json").read_text())
+    return json.loads(kept.read_text())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -50,7 +51,7 @@ class Trained(NamedTuple):
 def train(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Row],
+    rows: Sequence[Row] | Dataset,
     *,
     tries: bool,
     folder: Path,
@@ -65,7 +66,7 @@ def train(
     Args:
         model: Stays usable as it was: what training installs on it is removed. On a GPU it trains in bfloat16.
         tokenizer: Of the rows' text.
-        rows: A multiple of `batch` of them.
+        rows: A multiple of `batch` of them; with `tries` also a data set that `TrieSFTTrainer` takes.
         tries: Train on packed tries; False trains each text as one sequence.
         folder: For the trainer; nothing is kept there.
         seed: Of the trainer.
@@ -101,6 +102,8 @@ def train(
         "save_total_limit": 1,
         "use_cpu": on_cpu,
         "bf16": not on_cpu,
+        # On a GPU the next batches are read while a step runs: reading one takes as long as a tenth of it.
+        "dataloader_num_workers": 0 if on_cpu else 2,
         "dataset_num_proc": None if on_cpu or len(rows) < 1000 else min(16, os.cpu_count() or 1),
         "seed": seed,
         **_compat.no_checkpointing(),
@@ -113,7 +116,8 @@ def train(
             # On a CPU segment by segment is many times faster than the mask over the whole forest.
             impl = "varlen" if on_cpu else "auto"
             args = TrieSFTConfig(**options, pack_samples=False, attention_impl=impl)
-            trainer: SFTTrainer = TrieSFTTrainer(model, args, train_dataset=Dataset.from_list(list(rows)), **kwargs)
+            data = rows if isinstance(rows, Dataset) else Dataset.from_list(list(rows))
+            trainer: SFTTrainer = TrieSFTTrainer(model, args, train_dataset=data, **kwargs)
         else:
             plain = Dataset.from_list([{"prompt": row["prompt"], "completion": row["text"]} for row in rows])
             trainer = SFTTrainer(model, SFTConfig(**options, max_length=None), train_dataset=plain, **kwargs)
@@ -134,10 +138,11 @@ def train(
 
 def _count(prepared: Dataset, tries: bool) -> tuple[int, int]:
     """(tokens computed, tokens trained) of a prepared data set, one pass."""
-    tokens = sum(map(len, prepared["input_ids"]))
+    table = prepared.data.table
+    tokens = pc.sum(pc.list_value_length(table["input_ids"])).as_py()
     if tries:
-        return tokens, sum(map(sum, prepared["target_weights"]))
-    return tokens, sum(label != -100 for row in prepared["labels"] for label in row)
+        return tokens, pc.sum(pc.list_flatten(table["target_weights"])).as_py()
+    return tokens, pc.sum(pc.not_equal(pc.list_flatten(table["labels"]), -100)).as_py()
 
 
 class _Progress(TrainerCallback):

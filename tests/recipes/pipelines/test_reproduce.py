@@ -1,6 +1,7 @@
 """`threadweaver reproduce` end to end with a model of one layer: stages, files, report, going on, the run repeated."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from benchmarks.bench_reproduce import over_seeds, records
 from transformers import AutoModelForCausalLM
 
+from benchmarks import bench_reproduce
 from tw_recipes import cli
 from tw_recipes.pipelines.checkpoints import Checkpoints, OutOfTime
 from tw_recipes.pipelines.quiet import quietly
@@ -135,18 +137,74 @@ def test_a_second_run_makes_nothing_again(run: Path, monkeypatch: pytest.MonkeyP
     assert {file: file.stat().st_mtime_ns for file in run.rglob("stage.json")} == before
 
 
-def test_an_ablation_shares_what_it_does_not_change(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = replace(TINY, reinforcement=replace(TINY.reinforcement, rho=0.0))
-    made: list[str] = []
+@pytest.mark.parametrize("change", [{"rho": 0.0}, {"std_normalisation": True}], ids=str)
+def test_an_ablation_shares_what_it_does_not_change(
+    run: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    changed = replace(TINY, reinforcement=replace(TINY.reinforcement, **change))
+    made: list[bool] = []
 
-    def stop(self: Any, side: str, *args: Any) -> None:
-        made.append(side)
+    def stop(*args: Any, forking: bool, **kwargs: Any) -> None:
+        made.append(forking)
         raise ArithmeticError("far enough")
 
-    monkeypatch.setattr("tw_recipes.pipelines.reproduce.sides.Worker._grpo_trainer", stop)
+    monkeypatch.setattr("tw_recipes.pipelines.reproduce.sides.grpo_trainer", stop)
     with pytest.raises(StageError, match="stage forkjoin-rl failed: ArithmeticError: far enough"):
         REPRODUCE(changed, run)
-    assert made == ["forkjoin"]  # the sequential side has no acceleration to weigh; nothing before changed
+    assert made == [True]  # both are ablations of P-GRPO; nothing before changed, and nothing of the sequential side
+
+
+def test_stages_between_are_graded_on_fewer_problems_and_clocks_can_be_left_out(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Stages, "_make", _unless_trained(Stages._make))
+    changed = replace(TINY, evaluation=replace(TINY.evaluation, between=2, batches=()))
+    results = REPRODUCE(changed, run)
+    for side in ("sequential", "forkjoin"):
+        assert [stage["problems"] for stage in results["sides"][side]["stages"]] == [3, 2, 2, 3]
+        assert results["sides"][side]["seconds_per_problem"] == {}
+    assert len(results["speedup"]["per_problem"]) == 3
+    assert results["speedup"]["wall"] == {}
+
+
+def _unless_trained(make: Any) -> Any:
+    def only(self: Any, name: str, *args: Any) -> Any:
+        assert name.endswith(("-evaluation", "-wall_clock")), f"{name} is there already"
+        return make(self, name, *args)
+
+    return only
+
+
+def test_bench_writes_what_is_finished_when_its_time_is_used_up(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = (run / "results.json").read_text()
+
+    def reproduce(settings: Settings, out: Path, *, minutes: float | None = None) -> None:
+        assert minutes is not None
+        assert minutes <= 5
+        if settings.training.leaky_loss:
+            raise OutOfTime("the time is used up at step 7")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(finished)
+
+    monkeypatch.setattr(command, "reproduce", reproduce)
+    words = ["--seeds", "0", "--ablations", "std_normalisation", "leaky_loss_sft", "--minutes", "5"]
+    file = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", ["bench", *words, "--out", str(tmp_path / "out"), "--results", str(file)])
+    assert bench_reproduce.main() == 3
+    found = json.loads(file.read_text())
+    cases = {row["case"] for row in found["records"]}
+    assert cases == {f"{name}{case}" for name in ("", "std_normalisation_") for case in ("seed_0", "mean", "spread")}
+    assert found["meta"]["command"].endswith("--seeds 0 --scale 1.0 --ablations std_normalisation")
+    monkeypatch.setattr(command, "reproduce", lambda *args, **kwargs: _raise(OutOfTime("before the first")))
+    file.unlink()
+    assert bench_reproduce.main() == 3
+    assert not file.exists()
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def test_time_that_is_used_up_ends_with_its_own_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from tests.support.arithmetic import holds_true_equations
 from tw_core import ReasoningTrie
@@ -17,6 +18,8 @@ from tw_recipes.pipelines.reproduce import rows
 from tw_recipes.pipelines.reproduce.command import settings_of
 from tw_recipes.pipelines.reproduce.settings import PRESETS, Settings, Training, fingerprint
 from tw_recipes.pipelines.reproduce.stages import Stage, StageError, Stages, seconds_in
+from tw_recipes.sft.collator import PACKED_COLUMNS
+from tw_recipes.sft.data import prepare_dataset
 from tw_recipes.sft.rows import row_to_trie
 from tw_recipes.tasks import get_task
 
@@ -186,6 +189,21 @@ def test_leaky_rows_train_every_token_after_the_prompt_once() -> None:
     assert extra > 3 * body
     whole = ReasoningTrie.from_sequences(leaky["sequences"])
     assert theirs.num_tokens == whole.num_tokens
+
+
+def test_leaky_data_set_holds_the_tries_of_the_leaky_rows() -> None:
+    task = get_task("products")
+    tokenizer = task.tokenizer()
+    made = [*task.rows(2, seed=0), *task.rows(1, seed=1, style="sequential")]
+    packed = rows.leaky_dataset(made, tokenizer)
+    expected, statistics = prepare_dataset(
+        Dataset.from_list(rows.leaky_rows(made, tokenizer)), tokenizer, max_tokens=4096, pack_samples=False
+    )
+    for name in PACKED_COLUMNS:
+        assert list(packed[name]) == list(expected[name]), name
+    through, own = prepare_dataset(packed, tokenizer, max_tokens=4096, pack_samples=False)
+    assert len(through) == 3
+    assert (own.tokens, own.targets, own.sequences) == (statistics.tokens, statistics.targets, statistics.sequences)
 
 
 def test_equations_helper_finds_a_wrong_one() -> None:

@@ -7,6 +7,7 @@
     stages     a stage: a folder, its stage.json, and going on after a kill
     rows       data set rows of a stage, the published ("leaky") loss for comparison
     measure    decoding and grading of held-out problems, wall clock by batch size
+    reinforcement  the trainer of P-GRPO and GRPO, and who decodes for it
     sides      the stages of one side; a process of its own where both run at once
     report     report.md, report.html, examples.html and the plots
     command    `reproduce` and its flags

@@ -72,10 +72,12 @@ def settings_of(
     std_normalisation: bool = False,
     leaky_loss: bool = False,
     nested: bool = False,
+    mixed_steps: int | None = None,
+    clocks: bool = True,
     scale: float = 1.0,
     threads: int | None = None,
 ) -> Settings:
-    """A preset with the flags of `threadweaver reproduce` applied; see there.
+    """A preset with the flags of `threadweaver reproduce` applied; see there. `clocks=False` measures no wall clock.
 
     Raises:
         ValueError: A flag is out of range.
@@ -100,7 +102,7 @@ def settings_of(
             training,
             start_steps=part(training.start_steps),
             steps=part(training.steps),
-            mixed_steps=part(training.mixed_steps),
+            mixed_steps=part(training.mixed_steps) if mixed_steps is None else mixed_steps,
             leaky_loss=leaky_loss,
         ),
         self_training=replace(
@@ -112,7 +114,13 @@ def settings_of(
             rho=rl.rho if rho is None else rho,
             std_normalisation=std_normalisation,
         ),
-        evaluation=replace(evaluation, problems=part(evaluation.problems, 4), timed=part(evaluation.timed)),
+        evaluation=replace(
+            evaluation,
+            problems=part(evaluation.problems, 4),
+            between=part(evaluation.between, 4) if evaluation.between else None,
+            timed=part(evaluation.timed),
+            batches=evaluation.batches if clocks else (),
+        ),
     )
 
 
@@ -153,6 +161,7 @@ def run(
     std_normalisation: bool = False,
     leaky_loss: bool = False,
     nested: bool = False,
+    mixed_steps: int | None = None,
     minutes: float | None = None,
     scale: float = 1.0,
     threads: int | None = None,
@@ -170,6 +179,7 @@ def run(
         std_normalisation: Divide advantages by the standard deviation of the group.
         leaky_loss: Loss on injected headers and joined copies too, as the published code has it.
         nested: Fork/join solutions with blocks inside threads (task multiply).
+        mixed_steps: Steps between supervised training and what follows it; more of them train both sides further.
         minutes: Stop after so many minutes, in training at a checkpoint; the same command again goes on.
         scale: Share of all steps and problems, to try things out.
         threads: CPU threads of a process that works alone.
@@ -184,6 +194,7 @@ def run(
         std_normalisation=std_normalisation,
         leaky_loss=leaky_loss,
         nested=nested,
+        mixed_steps=mixed_steps,
         scale=scale,
         threads=threads,
     )

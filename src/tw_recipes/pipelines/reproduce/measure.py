@@ -63,13 +63,15 @@ def decode(
     """
     engine: Engine = LockstepEngine(model, eos_ids=[tokenizer.eos_token_id])
     decoder = ForkJoinDecoder(engine, TagIds.from_tokenizer(tokenizer), limits, sampling)
+    # Calls of one length in a wave: the shorter ones are padded, and at their end computed on unread.
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]["prompt"]))
     prompts = (
         Prompt(
             f"{place:05d}",
-            tokenizer.encode(row["prompt"], add_special_tokens=False),
-            {"prompt": row["prompt"], "answer": row["answer"]},
+            tokenizer.encode(rows[place]["prompt"], add_special_tokens=False),
+            {"prompt": rows[place]["prompt"], "answer": rows[place]["answer"]},
         )
-        for place, row in enumerate(rows)
+        for place in order
     )
     summary = rollout(prompts, decoder, tokenizer, path, concurrency=IN_FLIGHT[model.device.type], units=units)
     found = sorted(read_trajectories(path), key=lambda row: row["id"])
@@ -167,6 +169,8 @@ def wall_clock(
     Returns:
         str(batch) -> seconds a problem.
     """
+    if not batches:
+        return {}
     prompts = [tokenizer.encode(row["prompt"], add_special_tokens=False) for row in rows]
 
     async def run() -> dict[str, float]:

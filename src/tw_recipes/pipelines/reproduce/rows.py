@@ -3,12 +3,17 @@
 Tests: tests/recipes/pipelines/test_reproduce_stages.py.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from datasets import Dataset
 
+from tw_core import ReasoningTrie
 from tw_recipes.pipelines.reproduce.settings import Settings
+from tw_recipes.sft.collator import packed_columns
+from tw_recipes.sft.data import FEATURES
 from tw_recipes.sft.rows import text_units
 
 Side = Literal["sequential", "forkjoin"]
@@ -90,6 +95,31 @@ def leaky_rows(rows: Iterable[Mapping[str, str]], tokenizer: Any) -> list[dict[s
             masks.append([0] * known + [1] * (len(sequence) - known))
         found.append({"sequences": sequences, "loss_masks": masks})
     return found
+
+
+def leaky_dataset(rows: Sequence[Mapping[str, str]], tokenizer: Any) -> Dataset:
+    """`leaky_rows` as packed tries, one a row; from a thousand rows on by several processes."""
+    plain = Dataset.from_list([{"prompt": row["prompt"], "text": row["text"]} for row in rows])
+    return plain.map(
+        _leaky_batch,
+        batched=True,
+        batch_size=64,
+        fn_kwargs={"tokenizer": tokenizer},
+        remove_columns=plain.column_names,
+        features=FEATURES,
+        num_proc=None if len(rows) < 1000 else min(16, os.cpu_count() or 1),
+        desc="Packing tries",
+    )
+
+
+def _leaky_batch(batch: Mapping[str, list[str]], tokenizer: Any) -> dict[str, list[Any]]:
+    whole = [{"prompt": prompt, "text": text} for prompt, text in zip(batch["prompt"], batch["text"], strict=True)]
+    packed = []
+    for row in leaky_rows(whole, tokenizer):
+        trie = ReasoningTrie.from_sequences(row["sequences"], row["loss_masks"])
+        statistics = {"num_sequences": trie.num_sequences, "trie_lengths": [trie.num_tokens]}
+        packed.append({**packed_columns(trie.pack()), **statistics, "split_samples": 0, "problems": []})
+    return {name: [row[name] for row in packed] for name in FEATURES}
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

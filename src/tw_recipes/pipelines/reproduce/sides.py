@@ -20,30 +20,18 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, set_seed
 
-from tw_recipes import _compat
 from tw_recipes.attention import uninstall
 from tw_recipes.datagen.self_training import self_train_select
 from tw_recipes.decoding.engine import Sampling
-from tw_recipes.grpo.pgrpo_config import PGRPOConfig
-from tw_recipes.grpo.pgrpo_trainer import PGRPOTrainer
 from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.reproduce import measure, rows
+from tw_recipes.pipelines.reproduce.reinforcement import RL_CURVE, grpo_trainer
 from tw_recipes.pipelines.reproduce.rows import Side
 from tw_recipes.pipelines.reproduce.settings import Settings
 from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, Stage, StageError, Stages, told
 from tw_recipes.pipelines.training import Trained, train
 from tw_recipes.tasks.model import tiny_model
-
-RL_CURVE = {
-    "reward": "reward",
-    "accuracy": "accuracy",
-    "token_latency": "rollout/token_latency",
-    "total_tokens": "rollout/total_tokens",
-    "activation_ratio": "rollout/activation_ratio",
-    "acceleration": "rollout/acceleration",
-    "format_correctness": "rollout/format_correctness",
-}
 
 
 @dataclass(frozen=True)
@@ -225,7 +213,18 @@ class Worker:
         def work(folder: Path) -> dict[str, Any]:
             model = self._load(before)
             problems = rows.reinforcement_problems(settings)
-            trainer = self._grpo_trainer(side, model, problems, folder)
+            trainer = grpo_trainer(
+                settings,
+                model,
+                problems,
+                folder / "trainer",
+                forking=side == "forkjoin",
+                tokenizer=self.tokenizer,
+                grader=self.task.grader(),
+                limits=self._limits(side),
+                # What a trainer wraps in autocast decodes slower than a copy in bfloat16, as evaluation uses it.
+                copied=None if settings.device == "cpu" else self._load(before, decode=True),
+            )
             checkpoints = self.stages.checkpoints(folder / "trainer")
             trainer.add_callback(checkpoints)
             with contextlib.redirect_stdout(None):
@@ -239,67 +238,30 @@ class Worker:
             return self._save(model, folder) | {"steps": trainer.state.global_step, "curve": curve}
 
         depends = {"before": before.key, **asdict(options)}
-        if side == "sequential":  # no forks, so no bonus
-            depends = {k: v for k, v in depends.items() if k not in ("rho", "eta_max")}
+        if side == "sequential":  # no forks, so no bonus; the ablation is one of P-GRPO
+            depends = {k: v for k, v in depends.items() if k not in ("rho", "eta_max", "std_normalisation")}
         return self.stages.run(f"{side}-rl", depends, work)
-
-    def _grpo_trainer(self, side: Side, model: Any, problems: Sequence[Mapping[str, str]], folder: Path) -> Any:
-        options, limits, on_cpu = self.settings.reinforcement, self._limits(side), self.settings.device == "cpu"
-        args = PGRPOConfig(
-            output_dir=str(folder / "trainer"),
-            forking=side == "forkjoin",
-            max_steps=options.steps,
-            learning_rate=options.lr,
-            lr_scheduler_type="linear",
-            warmup_steps=min(2, options.steps - 1),
-            per_device_train_batch_size=options.prompts * options.generations,
-            gradient_accumulation_steps=1,
-            steps_per_generation=1,
-            num_generations=options.generations,
-            max_completion_length=limits.max_total_tokens,
-            max_thread_tokens=limits.max_thread_tokens,
-            max_depth=max(limits.max_depth, 1),
-            incorrect_reward=options.incorrect,
-            acceleration_rho=options.rho,
-            acceleration_max=options.eta_max,
-            scale_rewards="group" if options.std_normalisation else "none",
-            rollout_engine="lockstep",
-            attention_impl="varlen" if on_cpu else "auto",
-            max_tokens_per_forward=8_192 if on_cpu else 65_536,
-            beta=0.0,
-            temperature=1.0,
-            max_grad_norm=1.0,
-            seed=self.settings.seed,
-            use_cpu=on_cpu,
-            bf16=not on_cpu,
-            logging_steps=1,
-            save_strategy="no",
-            save_total_limit=1,
-            disable_tqdm=True,
-            report_to=[],
-            shuffle_dataset=False,
-            **_compat.no_checkpointing(),
-        )
-        data = Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in problems])
-        return PGRPOTrainer(model, args, data, processing_class=self.tokenizer, grader=self.task.grader())
 
     def _evaluation(self, side: Side, stage: Stage) -> Stage:
         options = self.settings.evaluation
+        ends = stage.name in (f"{side}-sft", f"{side}-{self.settings.last}")
+        count = options.problems if ends else options.between or options.problems
 
         def work(folder: Path) -> dict[str, Any]:
+            problems = self.held_out[:count]
             found = measure.decode(
                 self._load(stage, decode=True),
                 self.tokenizer,
-                self.held_out,
+                problems,
                 folder / "trajectories.jsonl",
                 limits=self._limits(side),
                 sampling=Sampling(options.temperature, options.top_p, seed=self.settings.seed),
             )
-            return measure.figures(found, self.held_out, self.task.grader())
+            return measure.figures(found, problems, self.task.grader())
 
         depends = {
             "model": stage.key,
-            "problems": options.problems,
+            "problems": count,
             "temperature": options.temperature,
             "top_p": options.top_p,
         }
@@ -349,9 +311,9 @@ class Worker:
         # On a GPU plain texts too are tries of one branch: packed without padding, by the same kernel.
         tries = tries or settings.device != "cpu"
         plain = [{"prompt": row["prompt"], "text": row["text"]} for row in made]
-        chosen: Sequence[Mapping[str, Any]] = plain
+        chosen: Sequence[Mapping[str, Any]] | Dataset = plain
         if settings.training.leaky_loss and any("<Parallel>" in row["text"] for row in plain):
-            chosen = rows.leaky_rows(plain, self.tokenizer)
+            chosen = rows.leaky_dataset(plain, self.tokenizer)
         done: Trained = train(
             model,
             self.tokenizer,
