@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLo
 from tw_recipes import _compat
 from tw_recipes.attention import native_attention
 from tw_recipes.decoding import fixed_step
+from tw_recipes.decoding.autocast import without_autocast
 from tw_recipes.decoding.engine import Completion, Request, Sampling
 from tw_recipes.decoding.fixed_step import FixedStep, FixedSteps
 from tw_recipes.decoding.waves import WaveEngine
@@ -64,7 +65,7 @@ class LockstepEngine(WaveEngine):
         was_training = self.model.training
         try:
             self.model.eval()
-            with torch.no_grad(), native_attention(self.model):
+            with torch.no_grad(), native_attention(self.model), without_autocast(self.model):
                 fixed = None
                 if self.cuda_graphs and fixed_step.fits(self.model):
                     fixed = self._fixed = self._fixed or FixedSteps(self.model)

@@ -14,16 +14,15 @@ Tests: tests/recipes/decoding/test_transformers_engine.py.
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from tw_recipes import _compat
 from tw_recipes.attention import native_attention
+from tw_recipes.decoding.autocast import without_autocast
 from tw_recipes.decoding.engine import Completion, EngineError, Request, Sampling
 from tw_recipes.support import unwrap
 
@@ -258,7 +257,7 @@ class _Running:
             **engine._cache_options(),
         )
         self.undo.enter_context(native_attention(self.model))
-        self.undo.enter_context(_without_autocast(self.model))
+        self.undo.enter_context(without_autocast(self.model))
         try:
             self.manager = self.model.init_continuous_batching(generation, config)
             _compat.watch_prefix_cache(self.manager, engine._cached)
@@ -291,23 +290,6 @@ class _Running:
         finally:
             self.undo.close()
             self.model.train(self.was_training)
-
-
-@contextmanager
-def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
-    """A float32 model in a block as it was before accelerate wrapped its forward in autocast.
-
-    The paged cache has the weights' dtype, and under autocast values arrive in half precision.
-    """
-    plain = getattr(model, "_original_forward", None)
-    if plain is None or model.dtype != torch.float32:
-        yield
-        return
-    wrapped, model.forward = model.forward, plain
-    try:
-        yield
-    finally:
-        model.forward = wrapped
 
 
 logging.getLogger("transformers.generation.continuous_batching").setLevel(logging.ERROR)

@@ -45,11 +45,12 @@ class Log(TrainerCallback):
         trainer._compute_loss = compute_loss
 
 
-def test_a_float32_model_that_trains_under_autocast_is_decoded_in_float32(tmp_path):
+@pytest.mark.parametrize("engine", ["lockstep", "transformers"])
+def test_a_float32_model_that_trains_under_autocast_is_decoded_in_float32(tmp_path, engine):
     """Its paged cache held float32, and the layers wrote bfloat16: every rollout failed."""
     model = taught_policy()
     _, (logged,) = train(
-        pgrpo_trainer(tmp_path, model=model, engine="model", rollout_engine="transformers", max_steps=1, bf16=True)
+        pgrpo_trainer(tmp_path, model=model, engine="model", rollout_engine=engine, max_steps=1, bf16=True)
     )
     assert logged["rollout/error"] == 0
     assert logged["rollout/activation_ratio"] > 0
