@@ -16,7 +16,7 @@ from benchmarks import bench_reproduce
 from tw_recipes import cli
 from tw_recipes.pipelines.checkpoints import Checkpoints, OutOfTime
 from tw_recipes.pipelines.quiet import quietly
-from tw_recipes.pipelines.reproduce import command, report
+from tw_recipes.pipelines.reproduce import command, reinforcement, report
 from tw_recipes.pipelines.reproduce.settings import (
     PRESETS,
     Evaluation,
@@ -237,9 +237,11 @@ def test_the_gpu_presets_model_is_within_the_announced_size() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [1, 2])  # a GPU has one for each prompt
 def test_a_run_that_is_stopped_in_every_step_ends_with_the_same_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: int
 ) -> None:
+    monkeypatch.setattr(reinforcement, "micro_batches_of", lambda settings: micro_batches)
     settings = replace(TINY, reinforcement=replace(TINY.reinforcement, steps=2))
     REPRODUCE(settings, tmp_path / "whole")
     stages, stops = Stages(tmp_path / "pieces"), 0
