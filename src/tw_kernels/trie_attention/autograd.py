@@ -162,6 +162,18 @@ def _backward(ctx: Any, grad_o: Tensor, _grad_lse: Tensor | None) -> tuple[Tenso
 torch.library.register_autograd("threadweaver::trie_attention", _backward, setup_context=_setup_context)
 
 
+class _EagerAttention(torch.autograd.Function):
+    """The registered autograd without its reading of the schema, which costs more than a launch at every call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output: tuple[Tensor, Tensor] = torch.ops.threadweaver.trie_attention(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
 def triton_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Trie attention by the portable Triton kernels; see `kernel_attention`."""
     return kernel_attention(call, hopper=False)
@@ -200,7 +212,9 @@ def kernel_attention(call: AttentionCall, *, hopper: bool) -> tuple[Tensor, Tens
         else:
             data = cached_plan(end, depth, call.window, block).data
     options = (block, scale, call.window, call.softcap, hopper, call.deterministic)
-    o, lse = torch.ops.threadweaver.trie_attention(q, call.k, call.v, call.sinks, end, depth, data, *options)
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    attend: Any = _EagerAttention.apply if eager else torch.ops.threadweaver.trie_attention
+    o, lse = attend(q, call.k, call.v, call.sinks, end, depth, data, *options)
     return o, lse
 
 
