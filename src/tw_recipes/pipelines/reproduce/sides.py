@@ -9,6 +9,7 @@ Tests: tests/recipes/pipelines/test_reproduce.py.
 """
 
 import contextlib
+import gc
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -330,6 +331,11 @@ class Worker:
     def _load(self, stage: Stage, *, decode: bool = False) -> Any:
         """The model of a stage; for decoding on a GPU in bfloat16, the type that it was trained in."""
         dtype = torch.bfloat16 if decode and self.settings.device != "cpu" else torch.float32
+        if (
+            self.settings.device != "cpu"
+        ):  # trainers and graphs of earlier stages lie in cycles until they are collected
+            gc.collect()
+            torch.cuda.empty_cache()
         model = AutoModelForCausalLM.from_pretrained(stage.model, dtype=dtype)
         return model.to(self.settings.device).eval()
 
