@@ -1,5 +1,6 @@
 """Tiny random models, one factory per family: `tiny_model("qwen3")`. Two layers, 97 tokens, float32, eval mode."""
 
+import copy
 from typing import Any
 
 import torch
@@ -164,4 +165,19 @@ def tiny_model(
                 parameter.mul_(4.0)
             elif "sinks" in name:
                 parameter.normal_()
+    return model
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that computes in float64 throughout, rotary angles apart, which every engine makes in float32.
+
+    torch's RMSNorm takes the place of the model's own, which rounds to float32 forward and backward.
+    """
+    model = copy.deepcopy(model).double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight = module.weight
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, norm)
     return model

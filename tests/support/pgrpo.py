@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.support.grpo import grpo_options
-from tests.support.models import tiny_model
+from tests.support.models import in_float64, tiny_model
 from tests.support.sft import byte_tokenizer
 from tw_core import Unit, encode_units
 from tw_recipes.decoding.engine import EngineError, Request
@@ -56,10 +56,7 @@ def policy(dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedMode
     model = tiny_model("qwen3", vocab_size=288, max_position_embeddings=1024, **options)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer().eos_token_id
     model.config.pad_token_id = tokenizer().pad_token_id
-    model.to(dtype)
-    if dtype == torch.float64:
-        _norm_in_own_dtype(model)
-    return model
+    return in_float64(model) if dtype == torch.float64 else model.to(dtype)
 
 
 @lru_cache(maxsize=2)
@@ -94,16 +91,6 @@ def finished_units(prompt: str, text: str) -> list[Unit]:
     """What an engine is asked and writes for one response, end of sequence included."""
     units = encode_units(text, tokenizer(), prompt)
     return [*units[:-1], Unit(units[-1].context, [*units[-1].completion, tokenizer().eos_token_id])]
-
-
-def _norm_in_own_dtype(model: PreTrainedModel) -> None:
-    """torch's RMSNorm in place of the model's, which rounds to float32 forward and backward."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            exact = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
-            exact.weight = module.weight
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, exact)
 
 
 def scripted(choose: Callable[[str], str | Exception], logprob: float | None = None) -> ScriptedEngine:
