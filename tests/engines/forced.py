@@ -4,7 +4,6 @@
 logit bias, and lets the model write freely in between.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from tests.engines.models import Case
+from tests.support.models import in_float64
 from tw_core import ReasoningTrie, TagIds, Unit, encode_units
 from tw_recipes import ForkJoinDecoder, OpenAIEngine, TransformersEngine, install, uninstall
 from tw_recipes.decoding import GREEDY, Completion, Engine, Limits, Request, Rollout
@@ -111,39 +111,35 @@ class Bench:
         decoder = ForkJoinDecoder(engine, TagIds.from_tokenizer(self.tokenizer), limits, sampling, **options)
         return decoder.decode_all(prompts)
 
-    def trie_logprobs(self, units: list[Unit], tolerance: float = 1e-5) -> tuple[list[np.ndarray], float]:
-        """Log-probs of each unit's completion from one pass over the packed trie of all units, in float64.
-
-        Returns:
-            The log-probs, and how far a float32 engine may be from them: `tolerance`, or twice what this model's own
-            float32 pass misses by (a trained model of this size can lose 2e-5 to rounding).
-        """
-        exact = _trie_logprobs(self.exact_model, units)
-        rounded = _trie_logprobs(self.model, units)
-        missed = max(np.abs(a - b).max() for a, b in zip(exact, rounded, strict=True))
-        return exact, max(tolerance, 2 * missed)
-
     @cached_property
     def exact_model(self) -> Any:
-        return copy.deepcopy(self.model).double()
+        return in_float64(self.model)
 
+    def exact_logprobs(self, units: list[Unit], temperature: float = 1.0) -> list[np.ndarray]:
+        """Log-probs of each unit's completion, in float64, from one pass over the packed trie of all units."""
+        packed = ReasoningTrie.from_units(units).pack()
+        install(self.exact_model)
+        try:
+            with torch.no_grad():
+                logits = self.exact_model(
+                    input_ids=packed.input_ids[None],
+                    position_ids=packed.position_ids[None],
+                    subtree_end=packed.subtree_end[None],
+                    use_cache=False,
+                ).logits[0]
+        finally:
+            uninstall(self.exact_model)
+        every = torch.log_softmax(logits / temperature, -1)
+        found = []
+        for place, unit in enumerate(units):
+            rows = packed.sequence_rows(place)[len(unit.context) - 1 : -1]
+            found.append(every[rows, torch.from_numpy(np.asarray(unit.completion))].numpy())
+        return found
 
-def _trie_logprobs(model: Any, units: list[Unit]) -> list[np.ndarray]:
-    packed = ReasoningTrie.from_units(units).pack()
-    install(model)
-    try:
-        with torch.no_grad():
-            logits = model(
-                input_ids=packed.input_ids[None],
-                position_ids=packed.position_ids[None],
-                subtree_end=packed.subtree_end[None],
-                use_cache=False,
-            ).logits[0]
-    finally:
-        uninstall(model)
-    every = torch.log_softmax(logits.double(), -1)
-    found = []
-    for place, unit in enumerate(units):
-        rows = packed.sequence_rows(place)[len(unit.context) - 1 : -1]
-        found.append(every[rows, torch.from_numpy(np.asarray(unit.completion))].numpy())
-    return found
+    def missed(self, rollouts: Sequence[Rollout], temperature: float = 1.0) -> np.ndarray:
+        """How far each written token's log-prob is from the exact one. Shape (tokens of all rollouts,)."""
+        pairs = [
+            np.abs(np.concatenate(one.logprobs) - np.concatenate(self.exact_logprobs(one.units, temperature)))
+            for one in rollouts
+        ]
+        return np.concatenate(pairs)

@@ -43,25 +43,26 @@ def served(processes, tmp_path_factory):
     finally:
         end(process)
     assert code == 0, tail(folder / "log")
-    local = bench.decode(bench.local(), prompts)
-    changed = Bench(case, None, other, bench.tokenizer, bench.limits)
-    return json.loads((folder / "out.json").read_text()), local, changed.decode(changed.local(), prompts)
+    rounds = [bench, Bench(case, None, other, bench.tokenizer, bench.limits), bench]
+    expected = [one.decode(one.local(), prompts) for one in rounds]
+    exact = [[one.exact_logprobs(rollout.units) for rollout in own] for one, own in zip(rounds, expected, strict=True)]
+    return json.loads((folder / "out.json").read_text()), expected, exact
 
 
-def test_ids_and_log_probs_equal_those_of_transformers_whatever_the_weights(served):
-    out, local, changed = served
-    for run, expected in zip(out["runs"], (local, changed, local), strict=True):
-        assert run["ids"] == [one.ids.tolist() for one in expected]
-        for values, one in zip(run["logprobs"], expected, strict=True):
-            for got, wanted in zip(values, one.logprobs, strict=True):
-                np.testing.assert_allclose(got, wanted, atol=3e-5)
+def test_ids_equal_those_of_transformers_and_log_probs_the_exact_ones_whatever_the_weights(served):
+    out, expected, exact = served
+    for run, rollouts, values in zip(out["runs"], expected, exact, strict=True):
+        assert run["ids"] == [one.ids.tolist() for one in rollouts]
+        for there, here, wanted in zip(run["logprobs"], rollouts, values, strict=True):
+            for own in (there, here.logprobs):
+                np.testing.assert_allclose(np.concatenate(own), np.concatenate(wanted), rtol=0, atol=1e-5)
     assert out["runs"][0]["ids"] != out["runs"][1]["ids"]
-    assert all(one.stats.num_threads >= 2 for one in local)
+    assert all(one.stats.num_threads >= 2 for one in expected[0])
     assert all(share > 0 for share in out["runs"][0]["cached_share"])
 
 
 def test_tokens_are_told_and_cancelled_calls_leave_a_working_engine(served):
-    out, local, _ = served
+    out, (local, *_), _ = served
     assert out["told"] == out["called"] == local[0].generated_tokens
     assert out["streamed"] == out["after_cancel"] == local[0].ids.tolist()
     assert (out["eos_ids"], out["max_context"]) == ([1], CONTEXT)

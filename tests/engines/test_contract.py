@@ -15,6 +15,7 @@ from tw_recipes import OpenAIEngine
 from tw_recipes.decoding import EngineError, Limits, Request, Sampling
 
 TOLERANCE = 1e-5
+"""From the exact log-probs: those of the same weights in float64."""
 
 
 def ask(engine, *requests, together=True):
@@ -35,17 +36,13 @@ def same_ids(first, second):
     return [np.array_equal(a.ids, b.ids) for a, b in zip(first, second, strict=True)]
 
 
-def worst(first, second):
-    return max(np.abs(a - b).max() for a, b in zip(first, second, strict=True) if len(a))
-
-
 def test_greedy_trajectories_equal_those_in_process(bench):
-    """The trained model forks by itself; ids equal to the last one, log-probs to what two float32 engines miss."""
+    """The trained model forks by itself; ids equal to the last one, log-probs are within 1e-5 of the exact ones."""
     remote, local = bench.remote(), bench.local()
     there, here = bench.decode(remote, bench.prompts), bench.decode(local, bench.prompts)
     assert all(same_ids(there, here))
-    # Each may be 1e-5 away from the exact values.
-    assert max(worst(a.logprobs, b.logprobs) for a, b in zip(there, here, strict=True)) < 2 * TOLERANCE
+    assert bench.missed(there).max() < TOLERANCE
+    assert bench.missed(here).max() < TOLERANCE
     if bench.case.folder.name == "trained":
         assert all(one.stats.num_threads >= 2 for one in there)
         assert sum(one.complete for one in there) > len(there) // 2
@@ -60,20 +57,29 @@ def test_forced_forks_equal_those_in_process(bench):
     for one in there:
         assert one.stats.num_blocks >= 1
         assert [call.kind for call in one.calls].count("thread") >= 2
-        exact, bound = bench.trie_logprobs(one.units)
-        for call, values in zip(one.written, exact, strict=True):
+        for call, values in zip(one.written, bench.exact_logprobs(one.units), strict=True):
             free = np.array(remote.free[call.context.tobytes()])
             if remote.inner.logprobs_of == "model":  # raw: the bias that forced a token does not show
                 free[:] = True
-            assert np.abs(call.logprobs - values)[free].max(initial=0.0) < bound
+            assert np.abs(call.logprobs - values)[free].max(initial=0.0) < TOLERANCE
 
 
-def test_sampled_log_probs_equal_those_of_the_trie(bench):
-    rollouts = bench.decode(bench.remote(), bench.prompts[:8], Sampling(1.0, seed=3))
-    for one in rollouts:
-        exact, bound = bench.trie_logprobs(one.units)
-        assert bound < 2e-4
-        assert worst(one.logprobs, exact) < bound
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_sampled_log_probs_equal_those_of_the_trie(bench, temperature):
+    """To 1e-5, but for a few tokens in contexts that the trained model has not seen and only temperature 1 writes.
+
+    One token in 2,000 is there so badly conditioned that any float32 pass misses it by 1e-5 to 3e-5, ours of the trie
+    as often as the server's: rounding the norms alone to float32 does.
+    """
+    engine = bench.remote()
+    rollouts = bench.decode(engine, bench.prompts[:8], Sampling(temperature, seed=3))
+    missed = bench.missed(rollouts, 1.0 if engine.logprobs_of == "model" else temperature)
+    assert len(missed) > 500
+    if temperature == 1.0 and bench.case.folder.name == "trained":
+        assert np.mean(missed < TOLERANCE) > 0.997
+        assert missed.max() < 5 * TOLERANCE
+    else:
+        assert missed.max() < TOLERANCE
 
 
 def test_log_probs_are_of_what_the_engine_says(bench):
@@ -81,8 +87,9 @@ def test_log_probs_are_of_what_the_engine_says(bench):
     engine, context = bench.remote(), np.array(bench.prompts[0])
     (done,) = ask(engine, Request(context, (bench.eos,), 12, Sampling(0.5, seed=1), seed=1))
     unit = Unit(context, done.ids)
-    (raw,), bound = bench.trie_logprobs([unit])
-    assert (np.abs(done.logprobs - raw).max() < bound) == (engine.logprobs_of == "model")
+    (raw,), (scaled,) = bench.exact_logprobs([unit]), bench.exact_logprobs([unit], 0.5)
+    told, other = (raw, scaled) if engine.logprobs_of == "model" else (scaled, raw)
+    assert np.abs(done.logprobs - told).max() < TOLERANCE < np.abs(done.logprobs - other).max()
 
 
 def test_stop_ids_and_lengths(bench):
