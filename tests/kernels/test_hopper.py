@@ -3,11 +3,17 @@
 The GPU half is test_impls.py's suite at the head dimensions that the kernels take.
 """
 
+import contextlib
 import dataclasses
+import functools
+import threading
 import time
 import warnings
+from collections import defaultdict
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -161,15 +167,18 @@ def test_the_emulator_sees_what_is_early_or_missing(monkeypatch: pytest.MonkeyPa
 def gpu_call(**changes: Any) -> Any:
     """A call that looks as if it came from an H100."""
     x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(9, 2, 128))
-    return SimpleNamespace(**{"q": x, "v": x, "window": None, "softcap": None, "sinks": None, "plan": None} | changes)
+    options = {"window": None, "softcap": None, "sinks": None, "plan": None, "deterministic": False}
+    return SimpleNamespace(**{"q": x, "v": x} | options | changes)
 
 
 @pytest.fixture
 def on_sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "_chip_reason", lambda device: None)
     support._compile_reason.cache_clear()
+    support._warn_once.cache_clear()
     yield
     support._compile_reason.cache_clear()
+    support._warn_once.cache_clear()
 
 
 def shaped(dtype: torch.dtype = torch.bfloat16, dim: int = 128) -> Any:
@@ -201,12 +210,12 @@ DIMS_RULE = "(D, Dv) must be one of (64, 64), (128, 128), (192, 128), (256, 256)
 def test_what_the_kernels_take(
     changes: dict[str, Any], reason: str | None, on_sm_90: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "try_one_row", lambda dim, value_dim, dtype: None)
+    monkeypatch.setattr(launch, "try_one_row", lambda *shape: None)
     assert support.why_unsupported(gpu_call(**changes)) == reason
 
 
 def test_a_triton_that_does_not_compile_them_warns_once(on_sm_90: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    def fail(*shape: Any) -> None:
         raise RuntimeError("async_load\n has been removed")
 
     monkeypatch.setattr(launch, "try_one_row", fail)
@@ -217,6 +226,113 @@ def test_a_triton_that_does_not_compile_them_warns_once(on_sm_90: None, monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert support.why_unsupported(gpu_call()) == "RuntimeError: async_load has been removed"
+        # What keeps the forward from compiling keeps both backwards: no second warning.
+        assert support.why_unsupported(gpu_call(deterministic=True)) == "RuntimeError: async_load has been removed"
+
+
+def test_a_backward_is_tried_when_a_call_first_asks_for_it(on_sm_90: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fail_one(dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> None:
+        tried.append((dim, value_dim, deterministic))
+        if deterministic:
+            raise RuntimeError("too many registers")
+
+    monkeypatch.setattr(launch, "try_one_row", fail_one)
+    for _ in range(2):
+        assert support.why_unsupported(gpu_call()) is None
+    assert tried == [(128, 128, False)]
+    with pytest.warns(RuntimeWarning, match="too many registers"):
+        assert support.why_unsupported(gpu_call(deterministic=True)) == "RuntimeError: too many registers"
+    assert support.why_unsupported(gpu_call(deterministic=True)) == "RuntimeError: too many registers"
+    assert support.why_unsupported(gpu_call()) is None
+    assert tried == [(128, 128, False), (128, 128, True)]
+
+
+class Probe:
+    """try_one_row on a CPU: its kernels note who launches them, on which stream and thread; `failing` ones raise."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: str = "") -> None:
+        self.launched: set[tuple[str, Any]] = set()
+        self.threads: set[int] = set()
+        self.stream = threading.local()
+        choices = {"_forward_kernel": "KEYS", "_dkv_kernel": "WITH_DQ", "_wide_dkv_kernel": "WITH_DK"}
+        for name in [*choices, "before_kernel", "after_kernel", "_dq_kernel"]:
+            run = functools.partial(self.run, name, choices.get(name, "D"), name == failing)
+            monkeypatch.setattr(launch, name, defaultdict(lambda run=run: run))
+        for make in (torch.zeros, torch.ones):
+            on_cpu = functools.partial(lambda make, *sizes, device=None, **rest: make(*sizes, **rest), make)
+            monkeypatch.setattr(torch, make.__name__, on_cpu)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+        monkeypatch.setattr(torch.cuda, "stream", self.on_stream)
+        monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
+        monkeypatch.setattr(launch, "triton", MagicMock())  # whose driver wants a GPU
+
+    def run(self, name: str, choice: str, fails: bool, *args: Any, **constants: Any) -> None:
+        assert self.stream.current == "the caller's"
+        self.launched.add((name, constants[choice]))
+        self.threads.add(threading.get_ident())
+        if fails:
+            raise RuntimeError(f"{name} has too many registers")
+
+    @contextlib.contextmanager
+    def on_stream(self, stream: str) -> Iterator[None]:
+        self.stream.current = stream
+        yield
+
+
+@pytest.mark.parametrize(
+    ("dims", "deterministic", "backward_kernels"),
+    [
+        ((128, 128), False, {("_dkv_kernel", True), ("after_kernel", 128)}),
+        ((128, 128), True, {("_dkv_kernel", False)}),
+        ((256, 256), False, {("_wide_dkv_kernel", True), ("_wide_dkv_kernel", False)}),
+        ((192, 128), True, {("_wide_dkv_kernel", True)}),
+    ],
+)
+def test_the_probe_compiles_what_the_call_needs_and_no_more(
+    dims: tuple[int, int], deterministic: bool, backward_kernels: set[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Probe(monkeypatch)
+    launch.try_one_row(*dims, torch.bfloat16, deterministic)
+    keys = launch.FORWARD_TILES[dims]["KEYS"]
+    assert probe.launched == {("_forward_kernel", keys), ("before_kernel", dims[1])} | backward_kernels
+    assert threading.get_ident() not in probe.threads
+
+
+def test_the_plan_of_one_row() -> None:
+    end = torch.ones(1, dtype=torch.int32)
+    plan = launch.plan_of_one_row(end)
+    made = make_plan(end, block=support.BLOCK)
+    assert torch.equal(plan.data, made.data)
+    assert (plan.num_rows, plan.block, plan.window) == (made.num_rows, made.block, made.window)
+
+
+def test_the_probe_compiles_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, main backward and the kernels around it wait for each other, which one thread could not."""
+    probe, together = Probe(monkeypatch), threading.Barrier(4, timeout=10)
+    run = probe.run
+    choices = {"_forward_kernel": "KEYS", "_dkv_kernel": "WITH_DQ", "before_kernel": "D", "after_kernel": "D"}
+    for name, choice in choices.items():
+
+        def meet(*args: Any, name: str = name, choice: str = choice, **constants: Any) -> None:
+            together.wait()
+            run(name, choice, False, *args, **constants)
+
+        monkeypatch.setattr(launch, name, defaultdict(lambda meet=meet: meet))
+    launch.try_one_row(64, 64, torch.float16, False)
+    assert len(probe.threads) == 4
+
+
+def test_a_backward_that_does_not_compile_degrades_with_one_warning(
+    on_sm_90: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Probe(monkeypatch, failing="_dkv_kernel")
+    reason = "RuntimeError: _dkv_kernel has too many registers"
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert support.why_unsupported(gpu_call()) == reason
+    for deterministic in (True, False):  # a second warning would be an error
+        assert support.why_unsupported(gpu_call(deterministic=deterministic)) == reason
 
 
 def test_other_chips_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,14 +351,16 @@ def test_on_a_cpu_the_call_says_so() -> None:
 def test_torch_compile_takes_the_reasons_as_constants(on_sm_90: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked while torch.compile traces, with symbolic shapes, the probe still runs on real tensors, once."""
     seen = []
-    monkeypatch.setattr(launch, "try_one_row", lambda dim, _, dtype: seen.append(type(torch.zeros(dim, dtype=dtype))))
+    monkeypatch.setattr(
+        launch, "try_one_row", lambda dim, _, dtype, __: seen.append(type(torch.zeros(dim, dtype=dtype)))
+    )
     torch._dynamo.reset()
 
     def attend(x: Tensor) -> Tensor:
         reason = support.why_other_chip(x.device.index or 0)
         for dim, value_dim in support.HEAD_DIMS:
             if x.shape[2] == dim == value_dim and reason is None:
-                reason = support.why_broken(dim, value_dim, x.dtype)
+                reason = support.why_broken(dim, value_dim, x.dtype, False)
                 return x + 1 if reason is None else x
         return x
 

@@ -7,8 +7,11 @@ clips the last tile of every head. Guarded by tests/kernels/test_hopper.py.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -18,8 +21,9 @@ from tw_kernels.trie_attention.config import matmul_precision, padded, pick_conf
 from tw_kernels.trie_attention.hopper.backward import MOST_LONGEST, _dkv_kernel
 from tw_kernels.trie_attention.hopper.forward import _forward_kernel
 from tw_kernels.trie_attention.hopper.passes import after_kernel, before_kernel
+from tw_kernels.trie_attention.hopper.support import BLOCK
 from tw_kernels.trie_attention.hopper.wide import _wide_dkv_kernel
-from tw_kernels.trie_attention.plan import BlockPlan, make_plan
+from tw_kernels.trie_attention.plan import BlockPlan, make_plan, plan_size
 from tw_kernels.trie_attention.tiles import LOG2_E
 
 STAGES = 2  # tiles in shared memory of what streams by: k and v forward, q and do backward
@@ -148,49 +152,75 @@ def launch_backward(
         deterministic: Compute dq in a pass of its own, the portable one, instead of adding it up in any order; for wide
             heads it always is.
     """
+    deterministic = deterministic or (q.shape[2], v.shape[2]) in WIDE_PASSES
+    q, k, v, grad_o = describable(q), describable(k), describable(v), describable(grad_o)
+    (dq, dk, dv), launches = _backward_launches(
+        q, k, v, subtree_end, plan, o, lse, grad_o, scale=scale, with_dq=not deterministic
+    )
+    for launch in launches:
+        launch()
+    if deterministic:
+        _dq_pass(q, k, v, subtree_end, plan, o, lse, grad_o, dq, scale)
+    return dq, dk, dv
+
+
+def _backward_launches(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    plan: BlockPlan,
+    o: Tensor,
+    lse: Tensor,
+    grad_o: Tensor,
+    *,
+    scale: float,
+    with_dq: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Callable[[], object]]]:
+    """Allocate dq, dk and dv; the launches, in order, that fill dk and dv, and dq where `with_dq`.
+
+    q, k, v and grad_o must be describable; the rest as in `launch_backward`.
+    """
     n, heads, dim = q.shape
     kv_heads, value_dim = v.shape[1:]
     block = plan.block
-    wide = (dim, value_dim) in WIDE_PASSES
-    deterministic = deterministic or wide
-    q, k, v, grad_o = describable(q), describable(k), describable(v), describable(grad_o)
     dq, dk, dv = q.new_empty((n, heads, dim)), k.new_empty((n, kv_heads, dim)), v.new_empty((n, kv_heads, value_dim))
     width = plan.num_blocks * block
     stats = q.new_empty((2 * heads * width,), dtype=torch.float32)
     # One row where the sums are unused: a kernel has one signature.
-    sums = q.new_empty((heads, 1 if deterministic else n, dim), dtype=torch.float32).transpose(0, 1)
-    before_kernel[(width // ROWS, heads)](
-        o, grad_o, lse, stats, None if deterministic else sums,
+    sums = q.new_empty((heads, n if with_dq else 1, dim), dtype=torch.float32).transpose(0, 1)
+    launches: list[Callable[[], object]] = [functools.partial(
+        before_kernel[(width // ROWS, heads)],
+        o, grad_o, lse, stats, sums if with_dq else None,
         o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), n, width, D=value_dim, ROWS=ROWS, **OPTIONS,
-    )  # fmt: skip
+    )]  # fmt: skip
     longest = min(plan.num_blocks, MOST_LONGEST.value, _multiprocessors(q.device) // kv_heads)  # one wave of all heads
-    if wide:
+    if (dim, value_dim) in WIDE_PASSES:
         tiles = WIDE_TILES[dim, value_dim]
         rows, columns = tiles["TILE"], tiles["COLUMNS"]
-        for outputs in WIDE_PASSES[dim, value_dim]:
-            _wide_dkv_kernel[(plan.num_blocks * kv_heads,)](
-                describe(q, rows, columns), describe(k, block // 2, columns), describe(v, block // 2),
-                describe(grad_o, rows), describe_vector(stats, rows),
-                describe(dk, block // 2, columns), describe(dv, block // 2), plan.data, subtree_end,
-                n, plan.num_blocks, longest, kv_heads, heads // kv_heads, scale, scale * LOG2_E.value,
-                D=dim, DV=value_dim, BLOCK=block, STAGES=STAGES, **tiles, **outputs, **OPTIONS,
-            )  # fmt: skip
-        _dq_pass(q, k, v, subtree_end, plan, o, lse, grad_o, dq, scale)
-        return dq, dk, dv
-    _dkv_kernel[(plan.num_blocks * kv_heads,)](
+        launches += [functools.partial(
+            _wide_dkv_kernel[(plan.num_blocks * kv_heads,)],
+            describe(q, rows, columns), describe(k, block // 2, columns), describe(v, block // 2),
+            describe(grad_o, rows), describe_vector(stats, rows),
+            describe(dk, block // 2, columns), describe(dv, block // 2), plan.data, subtree_end,
+            n, plan.num_blocks, longest, kv_heads, heads // kv_heads, scale, scale * LOG2_E.value,
+            D=dim, DV=value_dim, BLOCK=block, STAGES=STAGES, **tiles, **outputs, **OPTIONS,
+        ) for outputs in WIDE_PASSES[dim, value_dim]]  # fmt: skip
+        return (dq, dk, dv), launches
+    launches += [functools.partial(
+        _dkv_kernel[(plan.num_blocks * kv_heads,)],
         describe(q, block // 2), describe(k, block), describe(v, block), describe(grad_o, block // 2),
         describe_vector(stats, block // 2), describe(dk, block // 2), describe(dv, block // 2),
         describe(sums, block // 2, dim // 2), plan.data, subtree_end,
         n, plan.num_blocks, longest, kv_heads, heads // kv_heads, scale, scale * LOG2_E.value,
-        D=dim, BLOCK=block, STAGES=STAGES, WITH_DQ=not deterministic, **OPTIONS,
-    )  # fmt: skip
-    if deterministic:
-        _dq_pass(q, k, v, subtree_end, plan, o, lse, grad_o, dq, scale)
-    else:
-        after_kernel[(-(-n // ROWS), heads)](
-            sums, dq, dq.stride(0), dq.stride(1), n, scale, D=dim, ROWS=ROWS, **OPTIONS
-        )
-    return dq, dk, dv
+        D=dim, BLOCK=block, STAGES=STAGES, WITH_DQ=with_dq, **OPTIONS,
+    )]  # fmt: skip
+    if with_dq:
+        launches += [functools.partial(
+            after_kernel[(-(-n // ROWS), heads)],
+            sums, dq, dq.stride(0), dq.stride(1), n, scale, D=dim, ROWS=ROWS, **OPTIONS,
+        )]  # fmt: skip
+    return (dq, dk, dv), launches
 
 
 def _dq_pass(
@@ -221,11 +251,41 @@ def _dq_pass(
     )  # fmt: skip
 
 
-def try_one_row(dim: int, value_dim: int, dtype: torch.dtype) -> None:
-    """Compile and launch every kernel of one shape for one row; raises what Triton raises."""
+def plan_of_one_row(end: Tensor) -> BlockPlan:
+    """`make_plan(end)` of one row without its kernels, so that those which read it may launch before they compile.
+
+    Nothing is copied from the host, which a CUDA graph capture forbids.
+    """
+    data = end.new_zeros(plan_size(1, BLOCK))
+    data[:6:3] = 1  # each side counts one partial tile, the first
+    return BlockPlan(data, 1, BLOCK, None)
+
+
+def try_one_row(dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> None:
+    """Compile and launch the kernels of one shape and one backward for one row; raises what Triton raises.
+
+    Every kernel compiles on a thread of its own: MLIR and LLVM run without the GIL, ptxas and the C compiler of the
+    launchers are processes. So do the plan's kernels, which the call that asks needs next. The portable pass for dq is
+    left out: it is compiled for the call's own heads, and impl="triton" stands on it too.
+    """
     q, v = (torch.zeros((1, 1, columns), dtype=dtype, device="cuda") for columns in (dim, value_dim))
     end = torch.ones(1, dtype=torch.int32, device="cuda")
-    plan = make_plan(end)
-    o, lse = launch_forward(q, q, v, end, plan, scale=1.0)
-    for deterministic in (False, True):
-        launch_backward(q, q, v, end, plan, o, lse, v, scale=1.0, deterministic=deterministic)
+    lse = torch.zeros((1, 1), dtype=torch.float32, device="cuda")
+    plan = plan_of_one_row(end)
+    with_dq = not deterministic and (dim, value_dim) not in WIDE_PASSES
+    _, launches = _backward_launches(q, q, v, end, plan, v, lse, v, scale=1.0, with_dq=with_dq)
+    launches += [
+        functools.partial(launch_forward, q, q, v, end, plan, scale=1.0),
+        functools.partial(make_plan, end, block=BLOCK),
+    ]
+    triton.runtime.driver.active.get_current_target()  # Triton's driver is made at first use, without a lock
+    stream = torch.cuda.current_stream()
+
+    def on_the_callers_stream(launch: Callable[[], object]) -> None:
+        with torch.cuda.stream(stream):  # device and stream are a thread's own
+            launch()
+
+    with ThreadPoolExecutor(len(launches), "trie-attention-compile") as pool:
+        futures = [pool.submit(on_the_callers_stream, launch) for launch in launches]
+    for future in futures:
+        future.result()

@@ -1,8 +1,9 @@
 """Whether impl="hopper" runs here and takes a call; loads neither triton nor Gluon before it must.
 
 The rule: a GPU of compute capability 9.0, float16 or bfloat16, (D, Dv) in HEAD_DIMS, no window, softcap or sinks, and
-Gluon kernels that compile with the installed Triton. The last is tried once a process and shape, on one row; where it
-fails, one warning names the reason and impl="auto" goes on with the portable kernels.
+Gluon kernels that compile with the installed Triton. The last is tried on one row when a call first asks for a shape
+and a backward, deterministic or not; where it fails, one warning names the reason and impl="auto" goes on with the
+portable kernels.
 Guarded by tests/kernels/test_hopper.py.
 """
 
@@ -45,7 +46,7 @@ def why_unsupported(call: AttentionCall) -> str | None:
     # A symbolic dimension of torch.compile becomes the number that it equals.
     for dim, value_dim in HEAD_DIMS:
         if call.q.shape[2] == dim and call.v.shape[2] == value_dim:
-            return why_broken(dim, value_dim, call.q.dtype)
+            return why_broken(dim, value_dim, call.q.dtype, call.deterministic)
     return f"(D, Dv) must be one of {', '.join(map(str, HEAD_DIMS))}, got ({call.q.shape[2]}, {call.v.shape[2]})"
 
 
@@ -61,9 +62,9 @@ def why_other_chip(device: int) -> str | None:
     return _chip_reason(device)
 
 
-def why_broken(dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the installed Triton does not compile the kernels of one shape, or None; warns once when it does not."""
-    return _compile_reason(dim, value_dim, dtype)
+def why_broken(dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> str | None:
+    """Why the installed Triton does not compile the forward and one backward of a shape, or None; warns once then."""
+    return _compile_reason(dim, value_dim, dtype, deterministic)
 
 
 # To torch.compile both are constants, found out while it traces: what `torch.compiler.assume_constant_result` would set
@@ -83,18 +84,22 @@ def _chip_reason(device: int) -> str | None:
 
 
 @functools.cache
-def _compile_reason(dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
+def _compile_reason(dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> str | None:
     try:
         from tw_kernels.trie_attention.hopper.launch import try_one_row
 
-        try_one_row(dim, value_dim, dtype)
+        try_one_row(dim, value_dim, dtype, deterministic)
     except Exception as error:  # whatever this Triton raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        warnings.warn(
+        _warn_once(
             f"the Hopper kernels of trie attention do not compile here (D={dim}, Dv={value_dim}, {dtype}): {reason}; "
-            "impl='auto' uses the portable kernels",
-            RuntimeWarning,
-            stacklevel=2,
+            "impl='auto' uses the portable kernels"
         )
         return reason
     return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """What keeps both backwards of a shape from compiling is said once."""
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
