@@ -11,6 +11,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -322,6 +323,18 @@ def test_the_probe_compiles_side_by_side(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(launch, name, defaultdict(lambda meet=meet: meet))
     launch.try_one_row(64, 64, torch.float16, False)
     assert len(probe.threads) == 4
+
+
+def test_the_probe_runs_on_a_worker_thread_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = Probe(monkeypatch)
+
+    def serve() -> None:
+        with torch.inference_mode():
+            launch.try_one_row(128, 128, torch.bfloat16, False)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(serve).result()
+    assert ("_dkv_kernel", True) in probe.launched
 
 
 def test_a_backward_that_does_not_compile_degrades_with_one_warning(
