@@ -74,15 +74,11 @@ def _load(
         CHUNKS * q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * stats_desc.block_type.nbytes
     )
     mbarrier.expect(kv_full, BLOCK // ROWS * (CHUNKS * k_desc.block_type.nbytes + v_desc.block_type.nbytes))
-    if ROWS == BLOCK:
-        tma_load(k_desc, [kv_head, block * BLOCK, 0], kv_full, k_smem)
-        tma_load(v_desc, [kv_head, block * BLOCK, 0], kv_full, v_smem)
-    else:
-        for i in gl.static_range(BLOCK // ROWS):
-            first_k = block * BLOCK + i * ROWS
-            for j in gl.static_range(CHUNKS):
-                tma_load(k_desc, [kv_head, first_k, j * COLUMNS], kv_full, k_smem.index(i * CHUNKS + j))
-            tma_load(v_desc, [kv_head, first_k, 0], kv_full, v_smem.index(i))
+    for i in gl.static_range(BLOCK // ROWS):
+        first_k = block * BLOCK + i * ROWS
+        for j in gl.static_range(CHUNKS):
+            tma_load(k_desc, [kv_head, first_k, j * COLUMNS], kv_full, k_smem.index(i * CHUNKS + j))
+        tma_load(v_desc, [kv_head, first_k, 0], kv_full, v_smem.index(i))
     partial, n_partial, full_tiles, n_full, list_step = tile_list(plan_ptr, block, num_blocks, True)
     width = num_blocks * BLOCK
     taken = 0  # partial tiles
@@ -134,9 +130,9 @@ def _compute(
     k_ends = gl.load(end_ptr + k_rows, mask=k_rows < n_rows, other=0)
     counts = plan_ptr + 3 * num_blocks + block
     n_tiles = (gl.load(counts) + gl.load(counts + num_blocks)) * (2 * group)
-    k_all = k_smem.reshape([BLOCK, D])
+    k_all = k_smem.index(0).reshape([BLOCK, D])
     k = k_all.slice(HALF * M, M, 0)
-    v = v_smem.reshape([BLOCK, D]).slice(HALF * M, M, 0)
+    v = v_smem.index(0).reshape([BLOCK, D]).slice(HALF * M, M, 0)
     zero = gl.zeros([M, M], gl.float32, S_L)
     dk = gl.zeros([M, D], gl.float32, K_L)
     dv = gl.zeros([M, D], gl.float32, K_L)
@@ -210,8 +206,8 @@ def _dkv_kernel(
     dtype: gl.constexpr = q_desc.dtype
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     kv_head, block = _item(plan_ptr + 5 * num_blocks, num_blocks, kv_heads, longest)
-    k_smem = gl.allocate_shared_memory(dtype, [1, BLOCK, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [1, BLOCK, D], v_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK, D], v_desc.layout)
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, M, D], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, M, D], do_desc.layout)
     stats_smem = gl.allocate_shared_memory(gl.float32, [2 * STAGES, M], stats_desc.layout)
