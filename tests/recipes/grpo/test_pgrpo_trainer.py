@@ -88,9 +88,10 @@ def test_a_float32_model_that_trains_under_autocast_is_decoded_in_float32(tmp_pa
 @pytest.mark.parametrize("engine", ["lockstep", "transformers"])
 def test_the_sampler_and_the_trie_agree_and_the_measures_are_logged(tmp_path, engine):
     """Rollouts of the model itself, nested blocks among them."""
-    trainer = pgrpo_trainer(
-        tmp_path, model=taught_policy(), engine="model", rollout_engine=engine, max_steps=1, log_rollouts=-1
-    )
+    # About one token in 20,000 is so badly conditioned that float32 misses it by 1e-5, on either side; this seed meets
+    # none, however continuous batching groups the calls, and still draws unlikely tokens.
+    options = {"engine": "model", "rollout_engine": engine, "max_steps": 1, "log_rollouts": -1, "seed": 6}
+    trainer = pgrpo_trainer(tmp_path, model=taught_policy(), **options)
     found = float32_and_float64(trainer)
     _, (logged,) = train(trainer)
     ((sampled, trained, exact),) = found
@@ -99,13 +100,11 @@ def test_the_sampler_and_the_trie_agree_and_the_measures_are_logged(tmp_path, en
     difference = (trained - sampled).abs()
     assert logged["sampling/trie_logp_difference/max"] == float(difference.max()) > 0
     assert logged["sampling/trie_logp_difference/mean"] == pytest.approx(float(difference.mean()))
+    assert sampled.min() < -3
     assert logged["sampling/trie_logp_difference/mean"] < 1e-6
-    # Which tokens continuous batching draws depends on time, and one in 20,000 has the two on either side of the exact
-    # value: there each is held to it. Lockstep always draws the same.
+    assert logged["sampling/trie_logp_difference/max"] < 1e-5
     assert (sampled - exact).abs().max() < 1e-5
     assert (trained - exact).abs().max() < 1e-5
-    if engine == "lockstep":
-        assert logged["sampling/trie_logp_difference/max"] < 1e-5
     assert logged["rollout/activation_ratio"] == sum(row["forks"] > 0 for row in rows) / len(rows) > 0
     assert logged["rollout/token_latency"] == sum(row["token_latency"] for row in rows) / len(rows)
     total = sum(row["forked_threads"] for row in rows) / sum(row["forks"] for row in rows)
