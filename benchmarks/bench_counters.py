@@ -32,20 +32,20 @@ KERNELS = {
 }
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats")
 SECTIONS += ("LaunchStats", "Occupancy")
-# metric of ours -> (what ncu calls it, the first that is there; factor; unit). Names differ between chips and versions.
-PCT = r"\.avg\.pct_of_peak_sustained_active"
-COUNTERS = {
-    "ms": (r"gpu__time_duration\.sum", 1e-6, "ms"),
-    "clock_ghz": (r"(smsp|sm|gpc)__cycles_elapsed\.avg\.per_second", 1e-9, "GHz"),
-    "tensor_pct": (rf"sm__pipe_tensor\w*cycles_active{PCT}|sm__inst_executed_pipe_tensor\w*{PCT}", 1, "%"),
-    "xu_pct": (rf"sm__inst_executed_pipe_xu{PCT}", 1, "%"),
-    "issue_pct": (rf"(smsp|sm)__(inst_issued|issue_active){PCT}|sm__instruction_throughput{PCT}", 1, "%"),
-    "l2_pct": (r"lts__throughput\.avg\.pct_of_peak_sustained_elapsed", 1, "%"),
-    "dram_pct": (r"(gpu__)?dram_+throughput\.avg\.pct_of_peak_sustained_elapsed", 1, "%"),
-    "l2_hit_pct": (r"lts__t_sector_hit_rate\.pct", 1, "%"),
-    "warps_pct": (rf"sm__warps_active{PCT}", 1, "%"),
-    "registers": (r"launch__registers_per_thread", 1, "registers"),
-    "shared_kib": (r"launch__shared_mem_per_block", 2**-10, "KiB"),
+# metric of ours -> (what ncu calls it, by preference: names differ between chips and versions; factor; unit)
+PCT = r"\.avg\.pct_of_peak_sustained_(active|elapsed)"
+COUNTERS: dict[str, tuple[tuple[str, ...], float, str]] = {
+    "ms": ((r"gpu__time_duration\.sum",), 1e-6, "ms"),
+    "clock_ghz": ((r"(smsp|sm|gpc)__cycles_elapsed\.avg\.per_second",), 1e-9, "GHz"),
+    "tensor_pct": ((rf"sm__pipe_tensor\w*cycles_active{PCT}", rf"sm__inst_executed_pipe_tensor\w*{PCT}"), 1, "%"),
+    "xu_pct": ((rf"sm__inst_executed_pipe_xu{PCT}",), 1, "%"),
+    "issue_pct": ((rf"(smsp|sm)__(inst_issued|issue_active){PCT}", rf"sm__instruction_throughput{PCT}"), 1, "%"),
+    "l2_pct": ((rf"lts__throughput{PCT}",), 1, "%"),
+    "dram_pct": ((rf"(gpu__)?dram_+throughput{PCT}",), 1, "%"),
+    "l2_hit_pct": ((r"lts__t_sector_hit_rate\.pct",), 1, "%"),
+    "warps_pct": ((rf"sm__warps_active{PCT}",), 1, "%"),
+    "registers": ((r"launch__registers_per_thread",), 1, "registers"),
+    "shared_kib": ((r"launch__shared_mem_per_block",), 2**-10, "KiB"),
 }
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)(?<!_not_issued)_per_issue_active\.ratio")
 
@@ -94,10 +94,10 @@ def counters(row: dict[str, str]) -> dict[str, tuple[float, str]]:
     def number(name: str) -> float:
         return float(row[name].replace(",", ""))
 
-    for metric, (pattern, factor, unit) in COUNTERS.items():
-        names = [name for name in row if re.fullmatch(pattern, name) and row[name]]
+    for metric, (patterns, factor, unit) in COUNTERS.items():
+        matching = ([name for name in row if re.fullmatch(pattern, name) and row[name]] for pattern in patterns)
         # Of several (a pipe's variants) the busiest: the others are not used.
-        if names:
+        if names := next(filter(None, matching), None):
             found[metric] = (max(map(number, names)) * factor, unit)
     stalls = {match[1]: number(name) for name in row if (match := STALL.fullmatch(name)) and row[name]}
     return found | {f"stall_{reason}": (value, "cycles") for reason, value in stalls.items()}
