@@ -110,6 +110,15 @@ def test_report_has_its_parts(run: Path) -> None:
     assert (run / "examples.html").read_text().count("<details") == 6
 
 
+def test_a_run_that_read_no_clock_reports_none(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    titles = [title for title, _, _ in report.sections(results)]
+    for side in results["sides"].values():
+        side["seconds_per_problem"] = {}
+    results["speedup"]["wall"] = {}
+    assert [title for title, _, _ in report.sections(results)] == [t for t in titles if t != "Wall clock per problem"]
+
+
 def test_bench_records_hold_each_stage_and_the_spread_over_seeds(run: Path) -> None:
     one = records(json.loads((run / "results.json").read_text()), "seed_0")
     assert {row["impl"] for row in one} == {

@@ -168,21 +168,23 @@ def write(out: Path, results: Mapping[str, Any], sides: Mapping[str, SideResult]
         plots.training(out / "training", sides),
         plots.reinforcement(out / "reinforcement", sides),
         plots.speedup(out / "speedup", results["speedup"]["per_problem"], results["speedup"]["mean"]),
-        plots.wall_clock(out / "wall_clock", results),
     ]
+    if results["speedup"]["wall"]:
+        made.append(plots.wall_clock(out / "wall_clock", results))
     (out / "report.md").write_text(_markdown(results, made), encoding="utf-8")
     (out / "report.html").write_text(_html(results, made), encoding="utf-8")
     (out / "examples.html").write_text(_examples(sides, problems), encoding="utf-8")
 
 
 def sections(results: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]:
-    """The tables of the report: (title, heads, rows)."""
-    return [
+    """The tables of the report: (title, heads, rows); one without rows, as where no clock was read, is left out."""
+    tables = [
         ("Sequential and fork/join", ("", *NAMES.values()), summary_rows(results)),
         ("Wall clock per problem", ("problems in flight", *NAMES.values(), "speedup"), clock_rows(results)),
         ("Stage by stage", STAGE_HEADS, stage_rows(results)),
         ("Beside the published figures", PUBLISHED_HEADS, published_rows(results)),
     ]
+    return [table for table in tables if table[2]]
 
 
 def intro(results: Mapping[str, Any]) -> str:
