@@ -16,8 +16,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmarks.bench_trie_attention import device_ms
 from benchmarks.records import command_line, write_records
+from benchmarks.timing import timed
 from tests.support import attention_inputs
 
 from tw_kernels import make_plan, trie_attention
@@ -30,7 +30,7 @@ HEADS, KV_HEADS, ROUNDS = 32, 8, 5
 def median_ms(call: Callable[[], Any]) -> float:
     """Device time of a call in milliseconds, after one that is not counted."""
     call()
-    return median(device_ms(call) for _ in range(ROUNDS))
+    return median(timed(call).device_ms for _ in range(ROUNDS))
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:

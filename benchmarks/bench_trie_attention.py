@@ -6,22 +6,23 @@
     python -m benchmarks.bench_trie_attention --cpu               small tries on the CPU
 
 One process; all implementations of a case are prepared, warmed up and judged against exact values, then timed in
-interleaved rounds with device events; medians are reported. A failing implementation is reported with its error and the
+interleaved rounds with device events, behind work that keeps the device busy while the host launches (what launching
+takes is a figure of its own); medians are reported. A failing implementation is reported with its error and the
 others go on. The JSON, ratios included, is written after every case; tables come last.
 
-Metrics: fwd_ms, bwd_ms; fwd_tflops, bwd_tflops on the pairs visible in the trie (4 pairs D H, backward 2.5 times that;
-for the expanded runs too: useful work; for the equal chain on its own); total_ms, wall time of planning + forward +
-backward on a trie not seen before; plan_ms; peak_mib above the inputs; out_error, grad_error (max |difference| /
-max |exact|); fwd_vs_flex, bwd_vs_flex, total_vs_flex, fwd_bwd_vs_expanded_cudnn (their time over ours);
-fwd_vs_equal_chain, bwd_vs_equal_chain (our rate over cuDNN's on a causal chain of equal FLOPs); first_call_s (fresh
-process, empty caches); new_length_ms (a call at a new length less one at a length seen before). A ratio whose sides
-were measured by two runs is named in meta's "ratios_across_runs".
+Metrics: fwd_ms, bwd_ms; fwd_host_ms, bwd_host_ms until the call returned to the host; fwd_tflops, bwd_tflops on the
+pairs visible in the trie (4 pairs D H, backward 2.5 times that; for the expanded runs too: useful work; for the equal
+chain on its own); total_ms, wall time of planning + forward + backward on a trie not seen before, on an idle device;
+plan_ms; peak_mib above the inputs; out_error, grad_error (max |difference| / max |exact|); fwd_vs_flex, bwd_vs_flex,
+total_vs_flex, fwd_bwd_vs_expanded_cudnn (their time over ours); fwd_vs_equal_chain, bwd_vs_equal_chain (our rate over
+cuDNN's on a causal chain of equal FLOPs); first_call_s (fresh process, empty caches); new_length_ms (a call at a new
+length less one at a length seen before). A ratio whose sides were measured by two runs is named in meta's
+"ratios_across_runs".
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,6 +41,7 @@ from typing import Any
 import torch
 from benchmarks.attention_runs import RUNS, Inputs, Judge, Run, make_inputs, planners
 from benchmarks.records import command_line, device_slug, merge_records, read_results, write_records
+from benchmarks.timing import Timing, free_memory, synchronize, timed, wall_ms
 from tests.support import attention_inputs
 from tests.support.attention_inputs import TrieShape
 
@@ -112,43 +114,11 @@ class Bench:
         return rows
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def device_ms(work: Callable[[], object]) -> float:
-    """Milliseconds of `work` by device events; by the host clock without a GPU."""
-    if not torch.cuda.is_available():
-        return wall_ms(work)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop))
-
-
-def wall_ms(work: Callable[[], object]) -> float:
-    """Milliseconds of `work` by the host clock, the device idle before and after."""
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return (time.perf_counter() - start) * 1e3
-
-
-def forward_backward(run: Run) -> tuple[float, float]:
+def forward_backward(run: Run) -> tuple[Timing, Timing]:
     """One timed forward and one timed backward."""
     out: list[torch.Tensor] = []
-    forward = device_ms(lambda: out.append(run.forward()))
-    backward = device_ms(lambda: torch.autograd.grad(out[0], run.leaves, run.grad_out))
+    forward = timed(lambda: out.append(run.forward()))
+    backward = timed(lambda: torch.autograd.grad(out[0], run.leaves, run.grad_out))
     return forward, backward
 
 
@@ -191,10 +161,10 @@ def bench_case(bench: Bench, trie: TrieShape, heads: tuple[int, int, int], dtype
             runs[impl], checked[impl] = run, figures
     del judge
     free_memory()
-    times: dict[str, list[tuple[float, float]]] = {impl: [] for impl in runs}
+    times: dict[str, list[tuple[Timing, Timing]]] = {impl: [] for impl in runs}
     for _ in range(bench.args.rounds):
         for impl, run in runs.items():
-            if sum(f + b for f, b in times[impl]) > REPEATED_ROUND_SECONDS * 1e3:
+            if sum(f.device_ms + b.device_ms for f, b in times[impl]) > REPEATED_ROUND_SECONDS * 1e3:
                 continue
             with bench.guard(case, impl, "round"):
                 times[impl].append(forward_backward(run))
@@ -206,12 +176,12 @@ def bench_case(bench: Bench, trie: TrieShape, heads: tuple[int, int, int], dtype
     bench_planning(bench, inputs, [impl for impl in runs if impl in PLANNED])
 
 
-def record_times(bench: Bench, case: str, impl: str, flop: float, pairs: list[tuple[float, float]]) -> None:
-    forward, backward = (median(times) for times in zip(*pairs, strict=True))
-    bench.add(case, impl, "fwd_ms", forward, "ms")
-    bench.add(case, impl, "bwd_ms", backward, "ms")
-    bench.add(case, impl, "fwd_tflops", flop / forward / 1e9, "TFLOP/s")
-    bench.add(case, impl, "bwd_tflops", 2.5 * flop / backward / 1e9, "TFLOP/s")
+def record_times(bench: Bench, case: str, impl: str, flop: float, pairs: list[tuple[Timing, Timing]]) -> None:
+    for name, work, timings in zip(("fwd", "bwd"), (flop, 2.5 * flop), zip(*pairs, strict=True), strict=True):
+        ms = median(timing.device_ms for timing in timings)
+        bench.add(case, impl, f"{name}_ms", ms, "ms")
+        bench.add(case, impl, f"{name}_host_ms", median(timing.host_ms for timing in timings), "ms")
+        bench.add(case, impl, f"{name}_tflops", work / ms / 1e9, "TFLOP/s")
 
 
 def bench_planning(bench: Bench, inputs: Inputs, impls: list[str]) -> None:
