@@ -55,6 +55,8 @@ def save_trained(trainer: Trainer, name: str, options: dict[str, Any], *, merge_
         merge_adapter: Whether an adapter is merged too.
     """
     output_dir = trainer.args.output_dir
+    if trainer.is_fsdp_enabled:  # in the sharded form of checkpoints transformers would write no model at all
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if not isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
         trainer.save_model(output_dir)
         return

@@ -4,18 +4,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from tests.support.models import tiny_model
-from tests.support.sft import byte_tokenizer
+from tests.support.sft import byte_tokenizer, trajectories, trie_trainer
 from tests.support.text import FORK_ROWS
 from tw_recipes.cli import main as threadweaver
+from tw_recipes.model_files import save_trained
 from tw_recipes.sft.command import SFTScriptArguments, load_split, main
 from tw_recipes.sft.config import TrieSFTConfig
 from tw_recipes.tokens import require_tag_tokens
@@ -70,6 +73,23 @@ def test_lora_saves_adapter_and_merged_model(job):
     assert not torch.equal(left.q_proj.weight, right.q_proj.weight)
     assert torch.equal(left.k_proj.weight, right.k_proj.weight)
     assert merged.get_input_embeddings().weight.shape[0] == len(AutoTokenizer.from_pretrained(job / "out"))
+
+
+def test_under_fsdp_a_whole_model_is_saved_whatever_the_form_of_checkpoints(tmp_path, monkeypatch):
+    """examples/sft/fsdp2.yaml asks for sharded checkpoints, in which form transformers saved no model and said nothing.
+
+    accelerate runs FSDP on GPUs alone, so gathering the shards is replaced; what is saved when is transformers' own.
+    """
+    trainer = trie_trainer(tiny_model("qwen3"), trajectories(2, 3), tmp_path / "out")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which the constructor changes
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.accelerator, "state", SimpleNamespace(fsdp_plugin=plugin))
+        patch.setattr(trainer, "is_fsdp_enabled", True)
+        patch.setattr(trainer.accelerator, "get_state_dict", lambda model: model.state_dict())
+        save_trained(trainer, "unused", {})
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(saved.lm_head.weight, trainer.model.lm_head.weight)
 
 
 def test_parquet_folders_and_missing_files(tmp_path):
