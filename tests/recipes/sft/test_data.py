@@ -1,9 +1,11 @@
 """Offline packing: every row format, chat templates, problems by kind, exact splitting, statistics, caching."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
 
 from tests.support.models import tiny_model
 from tests.support.sft import byte_tokenizer, trajectories
@@ -11,7 +13,7 @@ from tests.support.text import CHAIN_ROWS, FORK_ROWS, MALFORMED_ROW
 from tests.support.tries import expanded_loss
 from tw_core import encode_units
 from tw_recipes import TrieCollator, add_tag_tokens, install, prepare_dataset
-from tw_recipes.sft import RowError
+from tw_recipes.sft import RowError, data
 from tw_recipes.sft.rows import chat_turns, row_to_trie, text_units
 from tw_recipes.tokens import TagTokenError
 
@@ -105,6 +107,23 @@ def test_several_processes_give_the_same_rows(tokenizer):
     one, _ = prepare_dataset(rows, tokenizer, max_tokens=2000, batch_size=3)
     two, _ = prepare_dataset(rows, tokenizer, max_tokens=2000, batch_size=3, num_proc=2)
     assert one.to_list() == two.to_list()
+
+
+def test_a_second_run_on_the_same_file_packs_nothing(tokenizer, tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in FORK_ROWS))
+    first, _ = prepare_dataset(_loaded(file), tokenizer, max_tokens=700)
+    packed = []
+    monkeypatch.setattr(data, "row_to_trie", lambda *found: packed.append(found) or row_to_trie(*found))
+    again, _ = prepare_dataset(_loaded(file), tokenizer, max_tokens=700)
+    assert again.to_list() == first.to_list()
+    assert not packed
+    prepare_dataset(_loaded(file), tokenizer, max_tokens=800)
+    assert len(packed) == len(FORK_ROWS)
+
+
+def _loaded(file):
+    return load_dataset("json", data_files=str(file), split="train", cache_dir=str(file.parent / "cache"))
 
 
 def test_problems_stop_or_are_counted_by_kind(tokenizer):
