@@ -145,6 +145,16 @@ def test_only_the_named_tensors_are_saved() -> None:
     )
 
 
+def test_a_second_derivative_is_refused() -> None:
+    """It was zero, behind a warning that a caller may have silenced: the backward op has no derivative."""
+    problem = make_problem(Case(NESTED, heads=(2, 1)), torch.float32)
+    q = problem.q.clone().requires_grad_()
+    out = trie_attention(q, problem.k, problem.v, NESTED.subtree_end, impl="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
 def test_the_backward_is_bitwise_repeatable(dims: tuple[int, int]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tw_core.errors import ShapeError
 from tw_kernels.trie_attention.backward import launch_backward
@@ -152,6 +153,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = options
 
 
+# The backward op has no derivative of its own: without this a second one is zero, with a mere warning.
+@once_differentiable
 def _backward(ctx: Any, grad_o: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, o, lse = ctx.saved_tensors
     dq, dk, dv, dsinks = torch.ops.threadweaver.trie_attention_backward(*tensors, o, lse, grad_o, *ctx.options)
@@ -171,7 +174,7 @@ class _EagerAttention(torch.autograd.Function):
         _setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    backward: Any = staticmethod(_backward)
 
 
 def triton_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
