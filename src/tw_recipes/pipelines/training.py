@@ -104,7 +104,7 @@ def train(
         "bf16": not on_cpu,
         # On a GPU the next batches are read while a step runs: reading one takes as long as a tenth of it.
         "dataloader_num_workers": 0 if on_cpu else 2,
-        "dataset_num_proc": None if on_cpu or len(rows) < 1000 else min(16, os.cpu_count() or 1),
+        "dataset_num_proc": packing_processes(len(rows), model.device.type),
         "seed": seed,
         **_compat.no_checkpointing(),
     }
@@ -136,9 +136,14 @@ def train(
     return Trained(steps, *_count(trainer.train_dataset, tries), curve)
 
 
+def packing_processes(count: int, device: str) -> int | None:
+    """Processes that pack `count` rows, for `datasets.map`: one where they are few, or where the CPU trains."""
+    return None if device == "cpu" or count < 1000 else min(16, os.cpu_count() or 1)
+
+
 def _count(prepared: Dataset, tries: bool) -> tuple[int, int]:
     """(tokens computed, tokens trained) of a prepared data set, one pass."""
-    table = prepared.data.table
+    table = prepared.with_format("arrow")[:]  # rows that were chosen or put in order, as `data.table` is not
     tokens = pc.sum(pc.list_value_length(table["input_ids"])).as_py()
     if tries:
         return tokens, pc.sum(pc.list_flatten(table["target_weights"])).as_py()

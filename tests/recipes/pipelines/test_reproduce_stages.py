@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from tests.support.arithmetic import holds_true_equations
 from tw_core import ReasoningTrie
+from tw_recipes.pipelines import training
 from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.reproduce import rows
 from tw_recipes.pipelines.reproduce.command import settings_of
@@ -204,6 +205,20 @@ def test_leaky_data_set_holds_the_tries_of_the_leaky_rows() -> None:
     through, own = prepare_dataset(packed, tokenizer, max_tokens=4096, pack_samples=False)
     assert len(through) == 3
     assert (own.tokens, own.targets, own.sequences) == (statistics.tokens, statistics.targets, statistics.sequences)
+
+
+def test_tokens_are_counted_in_the_rows_that_a_data_set_shows() -> None:
+    shown = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "labels": [[-100, 2, 3], [4]]}).select([1, 1, 0])
+    assert training._count(shown, tries=False) == (5, 4)
+    weighted = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "target_weights": [[2, 3], []]}).select([1, 1, 0])
+    assert training._count(weighted, tries=True) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "several"), [(999, "cuda", False), (1000, "cuda", True), (9000, "cpu", False)]
+)
+def test_the_cpu_that_trains_is_not_shared_with_packing(count: int, device: str, several: bool) -> None:
+    assert (training.packing_processes(count, device) is not None) == several
 
 
 def test_equations_helper_finds_a_wrong_one() -> None:

@@ -3,7 +3,6 @@
 Tests: tests/recipes/pipelines/test_reproduce_stages.py.
 """
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -97,8 +96,8 @@ def leaky_rows(rows: Iterable[Mapping[str, str]], tokenizer: Any) -> list[dict[s
     return found
 
 
-def leaky_dataset(rows: Sequence[Mapping[str, str]], tokenizer: Any) -> Dataset:
-    """`leaky_rows` as packed tries, one a row; from a thousand rows on by several processes."""
+def leaky_dataset(rows: Sequence[Mapping[str, str]], tokenizer: Any, num_proc: int | None = None) -> Dataset:
+    """`leaky_rows` as packed tries, one a row, by `num_proc` processes."""
     plain = Dataset.from_list([{"prompt": row["prompt"], "text": row["text"]} for row in rows])
     return plain.map(
         _leaky_batch,
@@ -107,7 +106,7 @@ def leaky_dataset(rows: Sequence[Mapping[str, str]], tokenizer: Any) -> Dataset:
         fn_kwargs={"tokenizer": tokenizer},
         remove_columns=plain.column_names,
         features=FEATURES,
-        num_proc=None if len(rows) < 1000 else min(16, os.cpu_count() or 1),
+        num_proc=num_proc,
         desc="Packing tries",
     )
 

@@ -31,7 +31,7 @@ from tw_recipes.pipelines.reproduce.reinforcement import RL_CURVE, grpo_trainer
 from tw_recipes.pipelines.reproduce.rows import Side
 from tw_recipes.pipelines.reproduce.settings import Settings
 from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, Stage, StageError, Stages, told
-from tw_recipes.pipelines.training import Trained, train
+from tw_recipes.pipelines.training import Trained, packing_processes, train
 from tw_recipes.tasks.model import tiny_model
 
 
@@ -314,7 +314,7 @@ class Worker:
         plain = [{"prompt": row["prompt"], "text": row["text"]} for row in made]
         chosen: Sequence[Mapping[str, Any]] | Dataset = plain
         if settings.training.leaky_loss and any("<Parallel>" in row["text"] for row in plain):
-            chosen = rows.leaky_dataset(plain, self.tokenizer)
+            chosen = rows.leaky_dataset(plain, self.tokenizer, packing_processes(len(plain), settings.device))
         done: Trained = train(
             model,
             self.tokenizer,
@@ -331,9 +331,8 @@ class Worker:
     def _load(self, stage: Stage, *, decode: bool = False) -> Any:
         """The model of a stage; for decoding on a GPU in bfloat16, the type that it was trained in."""
         dtype = torch.bfloat16 if decode and self.settings.device != "cpu" else torch.float32
-        if (
-            self.settings.device != "cpu"
-        ):  # trainers and graphs of earlier stages lie in cycles until they are collected
+        if self.settings.device != "cpu":
+            # Trainers and graphs of earlier stages lie in cycles until they are collected.
             gc.collect()
             torch.cuda.empty_cache()
         model = AutoModelForCausalLM.from_pretrained(stage.model, dtype=dtype)
