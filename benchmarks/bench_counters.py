@@ -32,8 +32,8 @@ KERNELS = {
 }
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats")
 SECTIONS += ("LaunchStats", "Occupancy")
-# metric of ours -> (what ncu calls it, by preference: names differ between chips and versions; factor; unit)
 PCT = r"\.avg\.pct_of_peak_sustained_(active|elapsed)"
+# metric of ours -> (what ncu calls it, by preference: names differ between chips and versions; factor; unit)
 COUNTERS: dict[str, tuple[tuple[str, ...], float, str]] = {
     "ms": ((r"gpu__time_duration\.sum",), 1e-6, "ms"),
     "clock_ghz": ((r"(smsp|sm|gpc)__cycles_elapsed\.avg\.per_second",), 1e-9, "GHz"),

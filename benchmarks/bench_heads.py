@@ -5,8 +5,8 @@
 
 32 query and 8 key heads, bfloat16, one packed row; (D, Dv) of (192, 128), as in DeepSeek's latent attention, and of
 (256, 256), as in Gemma. Medians of five runs, one implementation after the other. Results are compared with those of
-the first implementation: max |difference| / max |its value|. What an implementation refuses is
-left out, and named with the reason in `meta`.
+the first implementation: max |difference| / max |its value|. What an implementation refuses is left out, and named with
+the reason in `meta`.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Clocks of the attention benchmarks: the device's own time for one call, and the host's.
 
 A kernel that starts on an idle device waits for its own launch, tenths of a millisecond, which in training overlaps
-with the work queued before it. `timed` therefore queues other work first, and says apart what launching took.
+with the work queued before it. `timed` therefore queues other work first, and says apart what launching took. Where
+launching takes longer than that work, as with one call a sequence, the device waits all the same: host_ms shows it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-LEAD_CYCLES = 10_000_000  # 5 ms of a device clock near 2 GHz: longer than any implementation takes to launch one call
+LEAD_CYCLES = 10_000_000  # 5 ms of a device clock near 2 GHz
 
 
 def synchronize() -> None:
@@ -40,7 +41,7 @@ class Timing(NamedTuple):
 
 
 def timed(work: Callable[[], object]) -> Timing:
-    """Time one call on a device that is busy until the host has launched it."""
+    """Time one call on a device that is busy while the host launches it, for `LEAD_CYCLES`."""
     if not torch.cuda.is_available():
         ms = wall_ms(work)
         return Timing(ms, ms)
