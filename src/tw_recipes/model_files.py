@@ -1,6 +1,6 @@
 """Models that commands load and save: with the tags as tokens, placed for the launch, adapters merged.
 
-Tests: tests/recipes/sft/test_command.py, tests/recipes/grpo/test_pgrpo_command.py.
+Tests: tests/recipes/sft/test_command.py, tests/recipes/sft/test_zero3.py, tests/recipes/grpo/test_pgrpo_command.py.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import AutoTokenizer, Trainer
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig
 from trl.trainer.utils import create_model_from_path, get_quantization_config
 
@@ -63,7 +64,9 @@ def save_trained(trainer: Trainer, name: str, options: dict[str, Any], *, merge_
     adapter = str(Path(output_dir) / "adapter")
     trainer.save_model(adapter)
     if merge_adapter and PartialState().is_main_process:
-        # Merge into a fresh copy: the trained one may be sharded or quantized.
+        # Merge into a fresh copy: the trained one may be sharded or quantized. Under ZeRO-3 transformers would
+        # partition this one too, by calls in which all ranks must take part.
+        unset_hf_deepspeed_config()
         base, tokenizer = load_with_tags(name, options | {"device_map": "cpu"})
         PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
