@@ -1,6 +1,6 @@
 """Hardware counters of the attention kernels, by Nsight Compute -> benchmarks/results/hopper_counters-<device>.json.
 
-    python -m benchmarks.bench_counters                     on a GPU with ncu in PATH, about a minute
+    python -m benchmarks.bench_counters                     on a GPU with ncu in PATH and leave to read counters
     python -m benchmarks.bench_counters --read FILE         the records of a CSV that ncu wrote before
 
 The main kernel of a forward and of a backward, each launched once after a warm-up of the same call, with caches flushed

@@ -1,6 +1,6 @@
 """Trie attention with wide heads beside the portable kernels -> benchmarks/results/trie_attention_heads-<device>.json.
 
-    python -m benchmarks.bench_heads            on a GPU, about a minute, half of it for Inductor to compile flex
+    python -m benchmarks.bench_heads            on a GPU; Inductor compiles flex for each pair of heads
     python -m benchmarks.bench_heads --impls triton,hopper
 
 32 query and 8 key heads, bfloat16, one packed row; (D, Dv) of (192, 128), as in DeepSeek's latent attention, and of

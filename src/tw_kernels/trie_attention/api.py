@@ -159,7 +159,8 @@ def trie_attention(
 
     Returns:
         Shape (N, H, Dv), dtype of `q` (autocast's dtype under autocast); reductions run in float32, in float64 for
-        float64. With `return_lse`, an `AttentionOutput`.
+        float64. With `return_lse`, an `AttentionOutput`. Gradients of impl="triton" and "hopper" have none of
+        their own, so that a second backward raises, as do torch.func's transforms; impl="reference" can do both.
 
     Raises:
         ShapeError: A shape differs from the above.

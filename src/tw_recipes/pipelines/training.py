@@ -102,7 +102,7 @@ def train(
         "save_total_limit": 1,
         "use_cpu": on_cpu,
         "bf16": not on_cpu,
-        # On a GPU the next batches are read while a step runs: reading one takes as long as a tenth of it.
+        # On a GPU the next batches are read while a step runs; a CPU has no core to spare for it.
         "dataloader_num_workers": 0 if on_cpu else 2,
         "dataset_num_proc": packing_processes(len(rows), model.device.type),
         "seed": seed,
