@@ -137,6 +137,8 @@ def test_one_flag_an_ablation() -> None:
         ({"rounds": 3}, "rounds must be 0, 1 or 2, got 3"),
         ({"nested": True}, "nested=True needs the task multiply, got 'products'"),
         ({"scale": 0}, "scale must be in"),
+        ({"rl_steps": -1}, "rl_steps must be at least 0, got -1"),
+        ({"mixed_steps": -1}, "mixed_steps must be at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             settings_of("cpu", **words)

@@ -86,6 +86,9 @@ def settings_of(
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if not 0 < scale <= 1:
         raise ValueError(f"scale must be in (0, 1], got {scale}")
+    for name, steps in (("rl_steps", rl_steps), ("mixed_steps", mixed_steps)):
+        if steps is not None and steps < 0:
+            raise ValueError(f"{name} must be at least 0, got {steps}; 0 leaves the stage out")
     base = PRESETS[preset]
 
     def part(count: int, least: int = 1) -> int:
