@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,7 @@ import sys
 from tests.recipes.test_rollout import options
 from tests.support.rollouts import text_engine
 from tw_recipes.rollout_command import load_tokenizer, run_rollout
+from dataclasses import replace
 from pathlib import Path
 model, folder = map(Path, sys.argv[1:])
 run_rollout(options(model, folder, 40, concurrency=4), text_engine(load_tokenizer(str(model)), latency=0.02))
@@ -181,6 +184,17 @@ def test_the_command_with_a_tiny_random_model(model, tmp_path, capsys):
     assert {row["key"] for row in rows} == {"0#0", "1#0"}
     assert all(row["status"] in ("done", "length") for row in rows)
     assert all(0 < row["generated_tokens"] <= 24 for row in rows)
+
+
+def test_progress_shows_counts_speed_and_time_left(model, tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")  # the last state alone, without control codes
+    monkeypatch.setenv("COLUMNS", "120")
+    job = options(model, tmp_path, progress=True)
+    assert run_rollout(job, text_engine(tokenizer)).written == 3
+    shown = capsys.readouterr().err
+    assert re.search(r"rollout .* 3/3 +[1-9][\d,]* tokens/s +0:00:\d\d +left +0:00:00", shown)
+    run_rollout(replace(job, samples=2), text_engine(tokenizer))  # those of the first run count as done
+    assert "6/6" in capsys.readouterr().err
 
 
 def test_exit_status_of_bad_input(model, tmp_path, capsys):

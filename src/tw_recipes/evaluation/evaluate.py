@@ -256,6 +256,8 @@ def _metrics(exact: Accuracy, means: Mapping[str, float], faster: Speedup | None
         "accuracy_high": exact.interval.high,
     }
     found |= {f"pass_at_{k}": value for k, value in exact.pass_at.items()}
+    if (n := max(exact.pass_at)) > 1:
+        found["pass_at_n"] = exact.pass_at[n]
     found |= means
     if faster is not None:
         found |= {

@@ -20,6 +20,7 @@ Records = list[dict[str, Any]]
 UNITS = {"token_latency": "tokens", "total_tokens": "tokens", "wall_s": "s", "wall_s_p95": "s", "run_s": "s"}
 _ROWS = (
     ("accuracy", "accuracy", "{:.1%}"),
+    ("pass_at_n", "pass@n", "{:.1%}"),
     ("total_tokens", "total tokens", "{:,.0f}"),
     ("token_latency", "token latency", "{:,.0f}"),
     ("speedup_mean", "mean speedup", "{:.2f}"),

@@ -63,6 +63,7 @@ def test_every_number_of_a_scripted_run(model, tokenizer, problems, tmp_path):
     values = {(r["impl"], r["metric"]): r["value"] for r in saved["records"]}
     name = model.name
     assert values[name, "accuracy"] == pytest.approx(2 / 3)
+    assert f"| pass@n, {name} | 66.7% |" in (tmp_path / "o" / "table.md").read_text()
     # The sequential run wrote the same tags in one call: they earn it nothing.
     assert values[f"{name}, sequential", "token_latency"] == total
     assert values[f"{name}, sequential", "activation_ratio"] == 0.0

@@ -143,7 +143,8 @@ def test_logs_show_sharing(tmp_path, capsys):
     assert len(ratios) == 20
     assert all(ratio >= 1 for ratio in ratios)
     assert ours.dataset_statistics.expanded_tokens == expanded
-    assert all(speed > 0 for speed in logged(ours, "logical_tokens_per_second"))
+    speeds = zip(logged(ours, "logical_tokens_per_second"), logged(ours, "computed_tokens_per_second"), strict=True)
+    assert [logical / computed for logical, computed in speeds] == pytest.approx(ratios)
     report = capsys.readouterr().out
     assert "20 of 20 samples used, 60 sequences" in report
     assert f"sharing ratio {ours.dataset_statistics.sharing_ratio:.2f}" in report
