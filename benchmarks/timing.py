@@ -1,8 +1,8 @@
 """Clocks of the attention benchmarks: the device's own time for one call, and the host's.
 
-A kernel that starts on an idle device waits for its own launch, tenths of a millisecond, which in training overlaps
-with the work queued before it. `timed` therefore queues other work first, and says apart what launching took. Where
-launching takes longer than that work, as with one call a sequence, the device waits all the same: host_ms shows it.
+A kernel that starts on an idle device waits for its own launch, which in training overlaps with the work queued before
+it. `timed` therefore queues other work first, and says apart what launching took. Where launching takes longer than
+that work, as with one call a sequence, the device waits all the same: host_ms shows it.
 """
 
 from __future__ import annotations

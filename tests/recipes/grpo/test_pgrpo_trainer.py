@@ -88,7 +88,7 @@ def test_a_float32_model_that_trains_under_autocast_is_decoded_in_float32(tmp_pa
 @pytest.mark.parametrize("engine", ["lockstep", "transformers"])
 def test_the_sampler_and_the_trie_agree_and_the_measures_are_logged(tmp_path, engine):
     """Rollouts of the model itself, nested blocks among them."""
-    # About one token in 20,000 is so badly conditioned that float32 misses it by 1e-5, on either side; this seed meets
+    # A rare token is so badly conditioned that float32 misses it by 1e-5, on either side; this seed meets
     # none, however continuous batching groups the calls, and still draws unlikely tokens.
     options = {"engine": "model", "rollout_engine": engine, "max_steps": 1, "log_rollouts": -1, "seed": 6}
     trainer = pgrpo_trainer(tmp_path, model=taught_policy(), **options)

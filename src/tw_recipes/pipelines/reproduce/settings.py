@@ -215,8 +215,8 @@ PRESETS: dict[str, Settings] = {
         threads=8,
         at_once=False,
         model=ModelSize(hidden_size=512, layers=8, heads=8, context=8192, init=0.02),
-        # With 600 and 500 steps the fork/join loss was still falling (95.4 % right, 99.3 % of its later threads), the
-        # sequential one was not (99.0 %): fewer for the common start, more of each side's own.
+        # After 600 common steps and 500 of its own the fork/join loss was still falling, the sequential one was not:
+        # fewer for the common start, more of each side's own.
         training=Training(batch=16, start_steps=500, steps=1000, mixed_steps=200),
         self_training=SelfTraining(prompts=256, steps=40),
         # The rate of the CPU preset times the ratio of the widths, 64 / 512.
