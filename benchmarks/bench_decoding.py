@@ -1,10 +1,12 @@
 """What decoding costs and gains: the decoder's own time, fork/join against sequential text, in tokens and by the clock.
 
     python -m benchmarks.bench_decoding overhead quickstart --models DIR     one CPU core; DIR made by the quickstart
+    python -m benchmarks.bench_decoding quickstart --models DIR --seconds 12 --out FILE.json    the same on a GPU
     python -m benchmarks.bench_decoding forced --seconds 15 --out FILE.json  on a GPU, two to three minutes
 
 overhead    a scripted engine that answers at once: calls per second of the whole decoder
-quickstart  both models of a quickstart, 1 and 16 problems at a time, each its own response
+quickstart  both models of a quickstart, each its own response, 1 and 16 problems at a time; 1, 4 and 64 on a GPU, where
+            they decode in bfloat16
 forced      random weights of the Qwen3-0.6B shape that are made to fork (benchmarks/forced_model.py): sequential and
             fork/join write the same number of tokens, 1, 4 and 64 trajectories at a time; the faster engine comes
             first, the JSON is written after every batch, and its meta names the trajectory, what was measured and what
@@ -197,14 +199,21 @@ def compare(
         )
 
 
+def dtype_on(device: str) -> torch.dtype:
+    """What models decode in."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
 def quickstart(records: Records, options: argparse.Namespace) -> None:
     """The two models of a quickstart on its held-out problems."""
     folder: Path = options.models
-    lines = (folder / "data" / "test.jsonl").read_text().splitlines()[:17]
+    batches = options.batches or ([1, 4, 64] if options.device == "cuda" else [1, 16])
+    lines = (folder / "data" / "test.jsonl").read_text().splitlines()[: max(batches) + 1]
     limits = Limits(max_total_tokens=640, max_thread_tokens=320)
 
     def side(name: str, engine: str, warm: bool = False) -> Side:
-        model = AutoModelForCausalLM.from_pretrained(folder / name).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype_on(options.device))
+        model = model.to(options.device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder / name)
         made = (
             TransformersEngine(model)
@@ -219,17 +228,18 @@ def quickstart(records: Records, options: argparse.Namespace) -> None:
         ended = [rollout.complete and (rollout.stats.num_blocks > 0) == (name != "sequential") for rollout in rollouts]
         assert np.mean(ended) > 0.9, f"{name}: only {np.mean(ended):.0%} of the responses ended as trained"
 
-    for engine in ("transformers", "lockstep"):
-        for at_once, count in ((1, options.single), (16, 16)):
+    for engine in options.engines:
+        for at_once in batches:
             sides = {name: side(name, engine) for name in ("sequential", "forkjoin")}
             if engine == "transformers":
                 sides["warm"] = side("forkjoin", engine, warm=True)
             compare(
                 *(records, f"batch_{at_once}", engine, sides),
                 at_once=at_once,
-                count=count,
+                count=options.single if at_once == 1 else at_once,
                 rounds=options.rounds,
                 check=check,
+                seconds=options.seconds,
             )
             _write(records, options)
 
@@ -244,10 +254,9 @@ def forced(records: Records, options: argparse.Namespace) -> None:
         **{"tie_word_embeddings": True, "eos_token_id": EOS, "bos_token_id": None, "pad_token_id": None},
         **(small if options.tiny else {}),
     }
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(options.device):
-        model = Qwen3ForCausalLM(Qwen3Config(**shape)).to(dtype).eval()
+        model = Qwen3ForCausalLM(Qwen3Config(**shape)).to(dtype_on(options.device)).eval()
     assert model.num_parameters() > 5e8 or options.tiny
     rng = np.random.default_rng(0)
     limits = Limits(max_depth=1)
@@ -257,7 +266,7 @@ def forced(records: Records, options: argparse.Namespace) -> None:
         assert all(rollout.complete and rollout.stats.num_threads == threads for rollout in rollouts)
         assert all(rollout.generated_tokens == plan.generated for rollout in rollouts)
 
-    wanted = list(itertools.product(options.engines, options.batches))
+    wanted = list(itertools.product(options.engines, options.batches or [1, 4, 64]))
     notes: dict[str, Any] = {"trajectory": asdict(plan), "measured": [], "left_out": []}
     for place, (engine, at_once) in enumerate(wanted):
         prompts = rng.integers(WORD + 1, 500, (at_once + 1, plan.prompt_tokens)).tolist()
@@ -308,9 +317,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--single", type=int, default=3, help="quickstart: problems one at a time")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 64])
+    parser.add_argument("--batches", type=int, nargs="+", help="problems at a time; default: see above")
     parser.add_argument("--engines", nargs="+", default=["lockstep", "transformers"])
-    parser.add_argument("--seconds", type=float, default=math.inf, help="forced: time for the rounds of one batch")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time for the rounds of one batch")
     parser.add_argument("--tiny", action="store_true", help="forced: a tiny model, to see that it runs")
     options = parser.parse_args(argv, argparse.Namespace(words=sys.argv[1:] if argv is None else argv))
     if "quickstart" in options.parts and options.models is None:

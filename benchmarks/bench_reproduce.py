@@ -3,9 +3,12 @@
     python -m benchmarks.bench_reproduce --seeds 0 1 2 --out out/reproduce-seeds        minutes a seed
     python -m benchmarks.bench_reproduce --preset h100 --seeds 0 --minutes 8            goes on when called again
     … --ablations std_normalisation leaky_loss rho_0 rounds_0 rounds_2                  each for every seed
+    … --at-once         first trains and evaluates all of it at the same time, a process a side; then the wall clocks
     … --reuse           takes the results.json of runs that are there already
+    … --merge FILE      keeps FILE's other seeds and ablations; means are over all seeds
 
-When --minutes are used up, the file holds the runs that are finished, and the exit status is 3.
+When --minutes are used up, the file holds the runs that are finished, and the exit status is 3. A small model leaves a
+GPU idle most of the time, which --at-once uses; total_seconds then are those of a shared device.
 Cases are seed_<n>, mean and spread (largest - smallest value over the seeds); an ablation's have its name before them.
 Accuracy and tokens depend on seed and versions alone, wall clock on the machine as it was.
 """
@@ -13,16 +16,22 @@ Accuracy and tokens depend on seed and versions alone, wall clock on the machine
 import argparse
 import json
 import math
+import os
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import write_records
+import torch
+from benchmarks.records import merge_records, read_results, write_records
 
 from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.reproduce import command
+from tw_recipes.pipelines.reproduce.rows import SIDES
+from tw_recipes.pipelines.reproduce.settings import Settings
 from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -33,6 +42,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "rounds_0": {"rounds": 0},
     "rounds_2": {"rounds": 2},
     "nested": {"nested": True},
+    "nested_sft": {"nested": True, "clocks": False, "rounds": 0, "rl_steps": 0},
     "no_rl": {"rl_steps": 0},
 }
 METRICS = {
@@ -67,16 +77,21 @@ def records(results: dict[str, Any], case: str) -> list[dict[str, Any]]:
     return rows
 
 
-def over_seeds(runs: list[list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
-    """Mean and spread of the records that every run has."""
-    by_key = [{(r["impl"], r["metric"]): r for r in run} for run in runs]
-    found = []
-    for key, first in by_key[0].items():
-        if all(key in run for run in by_key):
-            values = [run[key]["value"] for run in by_key]
-            found.append({**first, "case": f"{name}mean", "value": math.fsum(values) / len(values)})
-            found.append({**first, "case": f"{name}spread", "value": max(values) - min(values)})
-    return found
+def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread of what every seed of a variant has, for each variant."""
+    by_variant: dict[str, dict[str, dict[tuple[str, str], dict[str, Any]]]] = {}
+    for row in rows:
+        if found := re.fullmatch(r"(.*?)seed_\d+", row["case"]):
+            by_variant.setdefault(found[1], {}).setdefault(row["case"], {})[row["impl"], row["metric"]] = row
+    found_rows = []
+    for name, by_seed in by_variant.items():
+        runs = list(by_seed.values())
+        for key, first in runs[0].items():
+            if all(key in run for run in runs):
+                values = [run[key]["value"] for run in runs]
+                found_rows.append({**first, "case": f"{name}mean", "value": math.fsum(values) / len(values)})
+                found_rows.append({**first, "case": f"{name}spread", "value": max(values) - min(values)})
+    return found_rows
 
 
 def main() -> int:
@@ -94,40 +109,85 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--results", type=Path, default=None, help="another file to write")
     parser.add_argument("--reuse", action="store_true", help="read finished runs instead of running")
+    parser.add_argument("--at-once", action="store_true", help="train everything at the same time first")
+    parser.add_argument("--merge", type=read_results, help="results file to add to")
     options = parser.parse_args()
     shared = {name: getattr(options, name) for name in ("scale", "threads", "rounds", "rl_steps", "mixed_steps")}
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     rows: list[dict[str, Any]] = []
     finished: list[str] = []
     pause: OutOfTime | None = None
-    for variant in ["", *options.ablations]:
-        runs = []
-        try:
+    try:
+        if options.at_once:
+            _train_at_once(options, shared, until)
+        for variant in ["", *options.ablations]:
+            runs = []
             for seed in options.seeds:
                 name = f"{variant}{'_' if variant else ''}seed_{seed}"
                 runs.append(records(_results(options, shared, variant, seed, until), name))
-        except OutOfTime as reached:
-            pause = reached
-            break
-        rows += [record for run in runs for record in run]
-        rows += over_seeds(runs, f"{variant}_" if variant else "")
-        finished.append(variant)
+            rows += [record for run in runs for record in run]
+            finished.append(variant)
+    except OutOfTime as reached:
+        pause = reached
     if pause is not None:
         print(f"{pause}; finished: {', '.join(variant or 'the method as it is' for variant in finished) or 'no run'}")
     if not rows:
         return OUT_OF_TIME
     words = [f"--preset {options.preset}", f"--seeds {' '.join(map(str, options.seeds))}"]
     words += [f"--{n.replace('_', '-')} {v}" for n, v in shared.items() if v is not None and n != "threads"]
+    words += ["--at-once"] if options.at_once else []
     ablations = f" --ablations {' '.join(finished[1:])}" if finished[1:] else ""
     path = write_records(
         options.results or "reproduce",
-        rows,
+        rows + over_seeds(merge_records(options.merge, rows)),
         command=f"python -m benchmarks.bench_reproduce {' '.join(words)}{ablations}",
         seed=options.seeds[0],
         device="cpu" if options.preset == "cpu" else "cuda",
+        merge=options.merge,
     )
     print(path)
     return 0 if pause is None else OUT_OF_TIME
+
+
+def _settings(options: argparse.Namespace, shared: dict[str, Any], variant: str, seed: int) -> Settings:
+    return command.settings_of(options.preset, **{**shared, "seed": seed, **ABLATIONS.get(variant, {})})
+
+
+def _train_at_once(options: argparse.Namespace, shared: dict[str, Any], until: float | None) -> None:
+    """One process for each side of every run, for all but the wall clocks; what two of them share, one of them makes.
+
+    Where there are several GPUs, the seeds are dealt out over them.
+
+    Raises:
+        OutOfTime: The time is used up.
+        RuntimeError: A process failed; its message is on stderr.
+    """
+    left = [] if until is None else [f"{(until - time.monotonic()) / 60:.3f}"]
+    devices = torch.cuda.device_count()
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for variant in ["", *options.ablations]:
+            for place, seed in enumerate(options.seeds):
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                if devices > 1:
+                    environment["CUDA_VISIBLE_DEVICES"] = str(place % devices)
+                folder = options.out / str(seed)
+                folder.mkdir(parents=True, exist_ok=True)
+                file = folder / f"settings-{variant or 'base'}.json"
+                file.write_text(json.dumps(_settings(options, shared, variant, seed).as_json()))
+                for side in SIDES:
+                    words = ["-m", "tw_recipes.pipelines.reproduce.sides", str(file), str(folder), side, "1", *left]
+                    running[f"{variant or 'base'}, seed {seed}, {side}"] = subprocess.Popen(
+                        [sys.executable, *words], env=environment
+                    )
+        codes = {name: process.wait() for name, process in running.items()}
+    finally:
+        for process in running.values():
+            process.kill()
+    if failed := [name for name, code in codes.items() if code not in (0, OUT_OF_TIME)]:
+        raise RuntimeError(f"{'; '.join(failed)} failed; the message is above")
+    if OUT_OF_TIME in codes.values():
+        raise OutOfTime("the time is used up; run the same command again to go on")
 
 
 def _results(
@@ -138,7 +198,7 @@ def _results(
     folder = options.out / str(seed)
     kept = folder / f"results-{variant or 'base'}.json"
     if not (options.reuse and kept.exists()):
-        settings = command.settings_of(options.preset, **{**shared, "seed": seed, **ABLATIONS.get(variant, {})})
+        settings = _settings(options, shared, variant, seed)
         minutes = None if until is None else (until - time.monotonic()) / 60
         quietly(command.reproduce)(settings, folder, minutes=minutes)
         kept.write_text((folder / "results.json").read_text())
