@@ -6,9 +6,10 @@
     … --at-once         first trains and evaluates all of it at the same time, a process a side; then the wall clocks
     … --reuse           takes the results.json of runs that are there already
     … --merge FILE      keeps FILE's other seeds and ablations; means are over all seeds
+    … --only-ablations  the ablations' fork/join side alone, for a FILE that has the method as it is
 
-When --minutes are used up, the file holds the runs that are finished, and the exit status is 3. A small model leaves a
-GPU idle most of the time, which --at-once uses; total_seconds then are those of a shared device.
+When --minutes are used up, the file holds the runs that are finished, and the exit status is 3. With --at-once a
+trainer of the h100 preset takes up to 25 GB, and total_seconds are those of a shared device.
 Cases are seed_<n>, mean and spread (largest - smallest value over the seeds); an ablation's have its name before them.
 Accuracy and tokens depend on seed and versions alone, wall clock on the machine as it was.
 """
@@ -26,13 +27,16 @@ from typing import Any
 
 import torch
 from benchmarks.records import merge_records, read_results, write_records
+from transformers import set_seed
 
 from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.quiet import quietly
 from tw_recipes.pipelines.reproduce import command
+from tw_recipes.pipelines.reproduce.report import stage_figures
 from tw_recipes.pipelines.reproduce.rows import SIDES
 from tw_recipes.pipelines.reproduce.settings import Settings
-from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME
+from tw_recipes.pipelines.reproduce.sides import Worker
+from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, Stages, told
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "std_normalisation": {"std_normalisation": True, "clocks": False},
@@ -56,17 +60,12 @@ METRICS = {
 
 def records(results: dict[str, Any], case: str) -> list[dict[str, Any]]:
     """The records of one run: each stage of each side ("forkjoin_sft"), and the ends ("forkjoin")."""
-    rows = []
+    rows = [row for side, content in results["sides"].items() for row in side_records(side, content["stages"], case)]
 
-    def add(impl: str, metric: str, value: float | None, unit: str) -> None:
-        if value is not None:
-            rows.append({"case": case, "impl": impl, "metric": metric, "value": float(value), "unit": unit})
+    def add(impl: str, metric: str, value: float, unit: str) -> None:
+        rows.append({"case": case, "impl": impl, "metric": metric, "value": float(value), "unit": unit})
 
     for side, content in results["sides"].items():
-        for impl, stage in [(f"{side}_{s['name']}", s) for s in content["stages"]] + [(side, content["stages"][-1])]:
-            for metric, unit in METRICS.items():
-                add(impl, metric, stage[metric], unit)
-            add(impl, "later_threads_right", stage["threads_right"]["later"], "share")
         for batch, seconds in content["seconds_per_problem"].items():
             add(side, f"wall_seconds_{batch}", seconds, "s")
     add("forkjoin", "speedup_tokens", results["speedup"]["mean"], "x")
@@ -74,6 +73,18 @@ def records(results: dict[str, Any], case: str) -> list[dict[str, Any]]:
         add("forkjoin", f"speedup_wall_{batch}", ratio, "x")
     add("both", "total_seconds", results["seconds"], "s")
     add("both", "cpu_seconds", results["cpu_seconds"], "s")
+    return rows
+
+
+def side_records(side: str, stages: list[dict[str, Any]], case: str) -> list[dict[str, Any]]:
+    """The records of each stage of a side, and those of the last one again under the side's name."""
+    rows = []
+    for impl, stage in [(f"{side}_{stage['name']}", stage) for stage in stages] + [(side, stages[-1])]:
+        found = {name: (stage[name], unit) for name, unit in METRICS.items()}
+        found["later_threads_right"] = (stage["threads_right"]["later"], "share")
+        for metric, (value, unit) in found.items():
+            if value is not None:
+                rows.append({"case": case, "impl": impl, "metric": metric, "value": float(value), "unit": unit})
     return rows
 
 
@@ -111,21 +122,28 @@ def main() -> int:
     parser.add_argument("--reuse", action="store_true", help="read finished runs instead of running")
     parser.add_argument("--at-once", action="store_true", help="train everything at the same time first")
     parser.add_argument("--merge", type=read_results, help="results file to add to")
+    parser.add_argument("--only-ablations", action="store_true", help="only the fork/join side of --ablations")
     options = parser.parse_args()
+    if options.only_ablations and (options.at_once or not options.ablations):
+        parser.error("--only-ablations needs --ablations and goes without --at-once; drop one or name the ablations")
     shared = {name: getattr(options, name) for name in ("scale", "threads", "rounds", "rl_steps", "mixed_steps")}
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    variants = options.ablations if options.only_ablations else ["", *options.ablations]
     rows: list[dict[str, Any]] = []
     finished: list[str] = []
     pause: OutOfTime | None = None
     try:
         if options.at_once:
             _train_at_once(options, shared, until)
-        for variant in ["", *options.ablations]:
-            runs = []
+        for variant in variants:
+            found = []
             for seed in options.seeds:
                 name = f"{variant}{'_' if variant else ''}seed_{seed}"
-                runs.append(records(_results(options, shared, variant, seed, until), name))
-            rows += [record for run in runs for record in run]
+                if options.only_ablations:
+                    found += _forkjoin_records(options, shared, variant, seed, until, name)
+                else:
+                    found += records(_results(options, shared, variant, seed, until), name)
+            rows += found
             finished.append(variant)
     except OutOfTime as reached:
         pause = reached
@@ -136,7 +154,9 @@ def main() -> int:
     words = [f"--preset {options.preset}", f"--seeds {' '.join(map(str, options.seeds))}"]
     words += [f"--{n.replace('_', '-')} {v}" for n, v in shared.items() if v is not None and n != "threads"]
     words += ["--at-once"] if options.at_once else []
-    ablations = f" --ablations {' '.join(finished[1:])}" if finished[1:] else ""
+    words += ["--only-ablations"] if options.only_ablations else []
+    named = [variant for variant in finished if variant]
+    ablations = f" --ablations {' '.join(named)}" if named else ""
     path = write_records(
         options.results or "reproduce",
         rows + over_seeds(merge_records(options.merge, rows)),
@@ -188,6 +208,21 @@ def _train_at_once(options: argparse.Namespace, shared: dict[str, Any], until: f
         raise RuntimeError(f"{'; '.join(failed)} failed; the message is above")
     if OUT_OF_TIME in codes.values():
         raise OutOfTime("the time is used up; run the same command again to go on")
+
+
+def _forkjoin_records(
+    options: argparse.Namespace, shared: dict[str, Any], variant: str, seed: int, until: float | None, name: str
+) -> list[dict[str, Any]]:
+    """The records of the fork/join side of one run, whose sequential side is not made."""
+    settings = _settings(options, shared, variant, seed)
+    minutes = None if until is None else (until - time.monotonic()) / 60
+    stages = Stages(options.out / str(seed), minutes=minutes, around=told)
+    torch.set_num_threads(settings.threads)
+    set_seed(settings.seed)
+    side = quietly(Worker(settings, stages).side)("forkjoin")
+    return side_records(
+        "forkjoin", [stage_figures(*pair) for pair in zip(side.trained, side.evaluated, strict=True)], name
+    )
 
 
 def _results(

@@ -128,10 +128,14 @@ def test_bench_records_hold_each_stage_and_the_spread_over_seeds(run: Path) -> N
     found = {(row["impl"], row["metric"]) for row in one}
     assert len(found) == len(one)
     assert {("forkjoin", "speedup_tokens"), ("forkjoin", "speedup_wall_1"), ("sequential", "accuracy")} <= found
-    two = [{**row, "value": row["value"] + 2} for row in one]
-    for row in over_seeds([one, two], ""):
+    two = [{**row, "case": "seed_1", "value": row["value"] + 2} for row in one]
+    other = {**one[0], "case": "rho_0_seed_3", "value": 7.0}
+    means = over_seeds([*one, *two, other])
+    assert len(means) == 2 * len(one) + 2
+    for row in means:
         before = next(r["value"] for r in one if (r["impl"], r["metric"]) == (row["impl"], row["metric"]))
-        assert row["value"] == pytest.approx({"mean": before + 1, "spread": 2}[row["case"]])
+        expected = {"mean": before + 1, "spread": 2, "rho_0_mean": 7.0, "rho_0_spread": 0.0}
+        assert row["value"] == pytest.approx(expected[row["case"]])
 
 
 def test_a_second_run_makes_nothing_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +214,37 @@ def test_bench_writes_what_is_finished_when_its_time_is_used_up(
     file.unlink()
     assert bench_reproduce.main() == 3
     assert not file.exists()
+
+
+def test_bench_at_once_and_ablations_alone_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings_of(preset: str, *, seed: int, leaky_loss: bool = False, **others: Any) -> Settings:
+        settings = replace(TINY, seed=seed, self_training=replace(TINY.self_training, rounds=0))
+        training = replace(settings.training, mixed_steps=0, leaky_loss=leaky_loss)
+        evaluation = replace(TINY.evaluation, problems=2, batches=())
+        return replace(
+            settings, training=training, evaluation=evaluation, reinforcement=replace(TINY.reinforcement, steps=0)
+        )
+
+    monkeypatch.setattr(command, "settings_of", settings_of)
+    file = tmp_path / "found.json"
+
+    def bench(*words: str) -> set[str]:
+        monkeypatch.setattr(sys, "argv", ["bench", *words, "--out", str(tmp_path / "out"), "--results", str(file)])
+        assert bench_reproduce.main() == 0
+        return {row["case"] for row in json.loads(file.read_text())["records"]}
+
+    assert bench("--seeds", "0", "1", "--at-once") == {"seed_0", "seed_1", "mean", "spread"}
+    stages = {folder.name.rsplit("-", 1)[0] for folder in (tmp_path / "out" / "1" / "stages").iterdir()}
+    assert {"start", "sequential-sft", "forkjoin-sft", "forkjoin-sft-evaluation"} <= stages
+    before = json.loads(file.read_text())["records"]
+    leaky = {f"leaky_loss_sft_{case}" for case in ("seed_0", "mean", "spread")}
+    words = ["--seeds", "0", "--only-ablations", "--ablations", "leaky_loss_sft", "--merge", str(file)]
+    assert bench(*words) == {"seed_0", "seed_1", "mean", "spread", *leaky}
+    after = json.loads(file.read_text())["records"]
+    assert [row for row in after if not row["case"].startswith("leaky")] == before
+    assert {row["impl"] for row in after if row["case"].startswith("leaky")} == {"forkjoin", "forkjoin_sft"}
+    with pytest.raises(SystemExit):
+        bench("--only-ablations")
 
 
 def _raise(error: Exception) -> None:

@@ -33,7 +33,8 @@ def collect(settings: Settings, start: Stage, sides: Mapping[str, SideResult]) -
     found = {
         name: {
             "stages": [
-                _stage(trained, evaluated) for trained, evaluated in zip(side.trained, side.evaluated, strict=True)
+                stage_figures(trained, evaluated)
+                for trained, evaluated in zip(side.trained, side.evaluated, strict=True)
             ],
             "seconds_per_problem": clocks[name],
         }
@@ -56,7 +57,8 @@ def collect(settings: Settings, start: Stage, sides: Mapping[str, SideResult]) -
     }
 
 
-def _stage(trained: Stage, evaluated: Stage) -> dict[str, Any]:
+def stage_figures(trained: Stage, evaluated: Stage) -> dict[str, Any]:
+    """One stage of a side, trained and evaluated, as results.json has it."""
     lists = ("correct", "latency", "tokens")
     return {
         "name": trained.name.split("-", 1)[1],
