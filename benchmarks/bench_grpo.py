@@ -12,9 +12,9 @@ written after every case.
 
 Cases: pP_cC[_xK] is K prompts (default 1) of P tokens with 8 completions of C tokens each, in one micro-batch on both
 sides. All are of one length, so that stock pads nothing and its attention takes the causal flash kernels: its best
-case. With one prompt the trie of the 0.6B shape has some 10,000 rows, fewer than the host needs to keep the GPU busy;
-the cases with several prompts are the step of a run. forkjoin is a group of 4 fork/join rollouts of two blocks; "units"
-computes every engine call as a sequence of its own, padding-free, through varlen flash attention.
+case. With one short prompt the trie has fewer rows than the host needs to keep the GPU busy; the cases with several
+prompts are the step of a run. forkjoin is a group of 4 fork/join rollouts of two blocks; "units" computes every engine
+call as a sequence of its own, padding-free, through varlen flash attention.
 
 gradient_difference is |g_trie - g_other| / |g_other| over all trained parameters at the first step, sums in float64. In
 bfloat16 it shows rounding and gross mistakes; equality is tested in float32 (tests/recipes/grpo).

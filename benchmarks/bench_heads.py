@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._functorch.config
 from benchmarks.records import command_line, write_records
 from benchmarks.timing import timed
 from tests.support import attention_inputs
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="results file; default: benchmarks/results/trie_attention_heads-<device>.json")
     words = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(words)
+    torch._functorch.config.donated_buffer = False  # or compiled Flex refuses retain_graph, which repeats a backward
     rows: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
     command = command_line("bench_heads", words)

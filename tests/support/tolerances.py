@@ -222,7 +222,8 @@ def nan_poison() -> Iterator[None]:
     def poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate(*args: Any, **kwargs: Any) -> Tensor:
             result = function(*args, **kwargs)
-            return result.fill_(float("nan")) if result.dtype.is_floating_point else result
+            with torch.no_grad():  # flex's tracing allocates what requires gradients
+                return result.fill_(float("nan")) if result.dtype.is_floating_point else result
 
         return allocate
 

@@ -282,7 +282,8 @@ def try_one_row(dim: int, value_dim: int, dtype: torch.dtype, deterministic: boo
     stream = torch.cuda.current_stream()
 
     def on_the_callers_stream(launch: Callable[[], object]) -> None:
-        with torch.cuda.stream(stream):  # device and stream are a thread's own
+        with torch.cuda.stream(stream):  # device, stream and context are a thread's own
+            torch.zeros(1, device="cuda")  # sets the context; describing a tensor to TMA, the first thing, does not
             launch()
 
     with ThreadPoolExecutor(len(launches), "trie-attention-compile") as pool:
