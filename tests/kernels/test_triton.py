@@ -155,6 +155,22 @@ def test_a_second_derivative_is_refused() -> None:
         grad.square().sum().backward()
 
 
+def test_where_no_gradient_arrives_none_is_computed() -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, _grad):
+            return None
+
+    problem = make_problem(Case(NESTED, heads=(2, 1)), torch.float32)
+    q = problem.q.clone().requires_grad_()
+    Stop.apply(trie_attention(q, problem.k, problem.v, NESTED.subtree_end, impl="triton")).sum().backward()
+    assert q.grad is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
 def test_the_backward_is_bitwise_repeatable(dims: tuple[int, int]) -> None:

@@ -149,13 +149,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, sinks, subtree_end, depth, plan, *options = inputs
     o, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # or each backward fills zeros for lse
     ctx.save_for_backward(q, k, v, sinks, subtree_end, depth, plan, o, lse)
     ctx.options = options
 
 
 # The backward op has no derivative of its own: without this a second one is zero, with a mere warning.
 @once_differentiable
-def _backward(ctx: Any, grad_o: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_o: Tensor | None, _grad_lse: None) -> tuple[Tensor | None, ...]:
+    if grad_o is None:
+        return (None,) * 13
     *tensors, o, lse = ctx.saved_tensors
     dq, dk, dv, dsinks = torch.ops.threadweaver.trie_attention_backward(*tensors, o, lse, grad_o, *ctx.options)
     sinks = tensors[3]
