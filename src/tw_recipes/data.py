@@ -44,7 +44,7 @@ class RowReadError(ThreadWeaverError, ValueError):
     """A row of a data set file is corrupted; `bad` says where."""
 
     def __init__(self, bad: BadRow):
-        super().__init__(f"{bad}; repair the row, or skip bad rows with skip_bad=True (--skip-bad)")
+        super().__init__(f"{bad}; repair the row, name another column, or skip bad rows (skip_bad=True, --skip-bad)")
         self.bad = bad
 
 

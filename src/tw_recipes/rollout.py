@@ -111,8 +111,8 @@ def rollout(
         raise ValueError(f"samples and concurrency must be >= 1, got {samples} and {concurrency}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_settings(path, settings)
     done = finished_keys(path)
+    _check_settings(path, settings)
     summary = RolloutSummary(path)
     job = _Job(decoder, tokenizer, summary, done, samples, units)
     bar: AbstractContextManager[Any] = _Bar(None if total is None else total * samples) if progress else nullcontext()
@@ -124,10 +124,10 @@ def rollout(
 
 
 def finished_keys(path: str | Path) -> set[str]:
-    """Keys of the whole lines of a file of trajectories; a half-written last line is cut off.
+    """Keys of the whole lines of a file of trajectories; a last line that lacks its end is cut off.
 
     Raises:
-        RolloutFileError: A line before the last is no trajectory, or a key stands twice.
+        RolloutFileError: A line is no trajectory, or a key stands twice.
     """
     path, keys, good = Path(path), set(), 0
     if not path.exists():
@@ -139,9 +139,11 @@ def finished_keys(path: str | Path) -> set[str]:
                 if not (isinstance(key, str) and line.endswith(b"\n")):
                     raise ValueError("half a line, or a key that is no name")
             except (ValueError, KeyError, TypeError) as error:
-                if file.read(1):
+                # A killed run leaves the beginning of a line; whatever else stands here is not ours to cut off.
+                if line.endswith(b"\n") or not (keys or _settings_file(path).exists()):
                     raise RolloutFileError(
-                        f"{path}, line {number}: expected a trajectory with a key, got {line[:60]!r}; repair the file"
+                        f"{path}, line {number}: expected a trajectory with a key, got {line[:60]!r}; repair the file, "
+                        "or name another one to write"
                     ) from error
                 break
             if key in keys:
@@ -244,11 +246,15 @@ def _call(call: Call) -> dict[str, Any]:
     return found | {name: value for name, value in optional.items() if value not in (None, "")}
 
 
+def _settings_file(path: Path) -> Path:
+    return path.with_name(path.name + ".settings.json")
+
+
 def _check_settings(path: Path, settings: Mapping[str, Any] | None) -> None:
     """Keeps settings beside a new file; compares them for one that is gone on with."""
     if settings is None:
         return
-    kept, wanted = path.with_name(path.name + ".settings.json"), json.loads(json.dumps(settings))
+    kept, wanted = _settings_file(path), json.loads(json.dumps(settings))
     if path.exists() and path.stat().st_size and kept.exists():
         before = json.loads(kept.read_text(encoding="utf-8"))
         changed = sorted(name for name in {*before, *wanted} if before.get(name) != wanted.get(name))

@@ -135,6 +135,19 @@ def test_what_is_no_row_of_a_trie_is_refused() -> None:
         make_plan(end, window=0)
 
 
+def test_a_block_of_rows_that_nothing_sees_keeps_its_diagonal() -> None:
+    """Such rows are in no forest, and a kernel that waits for the first tile of a block would wait for ever."""
+    from tw_kernels.trie_attention.plan_kernels import launch_plan
+
+    end = torch.zeros(300, dtype=torch.int32)
+    end[:100] = 100
+    plans = [make_plan(end, block=64), BlockPlan(launch_plan(end, None, None, 64), 300, 64)]
+    for plan in plans:
+        partial = [tiles[0] for tiles in plan.tiles()]
+        assert [blocks[-1] for blocks in partial] == list(range(5))
+        assert all(len(tiles[0]) + len(tiles[1]) for tiles in plan.tiles(by_key=True))
+
+
 def test_no_rows() -> None:
     assert make_plan(build("empty", []).subtree_end).tiles() == []
 

@@ -106,8 +106,32 @@ def test_a_given_plan_must_fit() -> None:
                        trie_attention(q, k, v, end, impl="triton", window=9))  # fmt: skip
     with pytest.raises(ShapeError, match=r"plan must be for N=\d+ rows, got one for 5; call make_plan"):
         trie_attention(q, k, v, end, impl="triton", plan=make_plan(chain(5).subtree_end))
+    with pytest.raises(ValueError, match=r"plan must have blocks of \d+ rows, got 16; leave out make_plan's block"):
+        trie_attention(q, k, v, end, impl="triton", plan=make_plan(end, block=16))
     with pytest.raises(ValueError, match=r"plan must be for window=9, got one for window=None"):
         trie_attention(q, k, v, end, impl="triton", window=9, plan=make_plan(end))
+
+
+def test_a_plan_of_inference_mode_serves_training() -> None:
+    problem = make_problem(Case(FORK_JOIN), torch.float32)
+    with torch.inference_mode():
+        plan = make_plan(FORK_JOIN.subtree_end)
+    q = problem.q.clone().requires_grad_()
+    trie_attention(q, problem.k, problem.v, FORK_JOIN.subtree_end, impl="triton", plan=plan).sum().backward()
+    assert torch.isfinite(q.grad).all()
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_the_newer_setting_of_tf32_is_read(setting: str) -> None:
+    """Where it is in use, torch.get_float32_matmul_precision raises."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = setting
+        assert config.matmul_precision(torch.float32) == setting
+        assert config.matmul_precision(torch.float16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_a_changed_trie_is_planned_again() -> None:

@@ -78,6 +78,16 @@ def test_going_on_skips_what_is_there_and_repairs_a_half_line(model, tokenizer, 
     assert (again.written, again.skipped) == (0, 6)
 
 
+@pytest.mark.parametrize("content", ['{"precious": [1]}', '{"precious": [1]}\n', "no JSON"])
+def test_a_file_of_something_else_is_left_as_it_is(model, tokenizer, tmp_path, content):
+    job = options(model, tmp_path)
+    job.out.write_text(content)
+    with pytest.raises(RolloutFileError, match=r"line 1: expected a trajectory with a key.*name another one to write"):
+        run_rollout(job, text_engine(tokenizer))
+    assert job.out.read_text() == content
+    assert not list(tmp_path.glob("*.settings.json"))
+
+
 _CHILD = """
 import sys
 from tests.recipes.test_rollout import options

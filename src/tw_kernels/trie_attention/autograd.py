@@ -197,7 +197,7 @@ def kernel_attention(call: AttentionCall, *, hopper: bool) -> tuple[Tensor, Tens
 
     Raises:
         ShapeError: The plan was made for another number of rows.
-        ValueError: The plan was made for another window or on another device.
+        ValueError: The plan was made for another window, in blocks too small for the tiles, or on another device.
     """
     q, scale, end, depth = call.q, call.scale, call.subtree_end, call.depth
     if scale < 0:  # the kernels scale after taking a maximum
@@ -211,6 +211,8 @@ def kernel_attention(call: AttentionCall, *, hopper: bool) -> tuple[Tensor, Tens
     if call.plan is not None:
         _check_plan(call.plan, call)
         block, data = call.plan.block, call.plan.data
+        if not torch.compiler.is_compiling() and data.is_inference() and not torch.is_inference_mode_enabled():
+            data = data.clone()
     else:
         block = plan_block(end.device)
         if torch.compiler.is_compiling():
@@ -233,6 +235,8 @@ def _check_plan(plan: BlockPlan, call: AttentionCall) -> None:
             f"plan must be for window={call.window}, got one for window={plan.window}; "
             "call make_plan(subtree_end, window=...), one plan for each window"
         )
+    if plan.block % (wanted := plan_block(call.q.device)):
+        raise ValueError(f"plan must have blocks of {wanted} rows, got {plan.block}; leave out make_plan's block")
     if plan.data.device != call.q.device:
         raise ValueError(f"plan must be on the device of q, {call.q.device}, got {plan.data.device}; build it there")
 

@@ -258,7 +258,7 @@ def launch_backward(
     shapes = {
         "D": head_dim, "DV": value_dim, "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(value_dim),
         "KV_HEADS": kv_heads, "GROUP": num_heads // kv_heads, "BLOCK": plan.block,
-        "HAS_SOFTCAP": softcap is not None, "PRECISION": matmul_precision(),
+        "HAS_SOFTCAP": softcap is not None, "PRECISION": matmul_precision(q.dtype),
     }  # fmt: skip
     grid = (plan.num_blocks * (plan.block // dq_config.block_m) * num_heads,)
     _dq_kernel[grid](

@@ -138,9 +138,14 @@ class AttentionCall:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """Under autocast, cast as scaled_dot_product_attention does: everything but float64 to autocast's dtype."""
+    """Under autocast, cast as scaled_dot_product_attention does: floating point but float64 to autocast's dtype."""
     device = x.device.type
-    if x.dtype == torch.float64 or device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+    if (
+        not x.is_floating_point()
+        or x.dtype == torch.float64
+        or device not in AUTOCAST_DEVICES
+        or not torch.is_autocast_enabled(device)
+    ):
         return x
     return x.to(torch.get_autocast_dtype(device))
 

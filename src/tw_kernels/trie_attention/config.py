@@ -169,6 +169,11 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def matmul_precision() -> str:
-    """How float32 products are computed: exactly, unless torch.set_float32_matmul_precision allows TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def matmul_precision(dtype: torch.dtype) -> str:
+    """How products of a dtype are computed: exactly, unless torch's settings allow TF32 for float32."""
+    if dtype != torch.float32:
+        return "ieee"
+    try:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    except RuntimeError:  # after a setting through torch's newer names the older one cannot be read
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -166,6 +166,6 @@ def launch_forward(
         n, plan.num_blocks, window or 0, scale, softcap or 1.0,
         D=head_dim, DV=value_dim, BLOCK_D=padded(head_dim), BLOCK_DV=padded(value_dim),
         KV_HEADS=kv_heads, GROUP=num_heads // kv_heads,
-        BLOCK=plan.block, HAS_SOFTCAP=softcap is not None, PRECISION=matmul_precision(), **config.options(),
+        BLOCK=plan.block, HAS_SOFTCAP=softcap is not None, PRECISION=matmul_precision(q.dtype), **config.options(),
     )  # fmt: skip
     return o, lse

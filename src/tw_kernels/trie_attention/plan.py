@@ -134,7 +134,8 @@ def _plan_data_torch(subtree_end: Tensor, depth: Tensor | None, window: int | No
     first = index * block
     past = (first + block).clamp_(max=n)
     # (query block, key block)
-    met = (index <= index[:, None]) & (high > first[:, None])
+    # The diagonal always: a kernel waits for the first tile of a block, and one outside of a forest may have none.
+    met = ((index <= index[:, None]) & (high > first[:, None])) | (index == index[:, None])
     full = met & (index < index[:, None]) & (low >= past[:, None])
     if depth is not None and window is not None:
         shallow, deep = block_bounds(depth, block)

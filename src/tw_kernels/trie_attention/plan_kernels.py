@@ -60,7 +60,7 @@ def _lists_kernel(
         past_q = tl.minimum(first_q + BLOCK, n_rows)
         low = tl.load(bounds_ptr + k_block, mask=inside, other=0)
         high = tl.load(bounds_ptr + num_blocks + k_block, mask=inside, other=0)
-        met = inside & (high > first_q)
+        met = inside & ((high > first_q) | (k_block == q_block))  # the diagonal always, as in _plan_data_torch
         full = met & (k_block < q_block) & (low >= past_q)
         if HAS_WINDOW:
             shallow_k = tl.load(bounds_ptr + 2 * num_blocks + k_block, mask=inside, other=0)

@@ -110,7 +110,7 @@ class TransformersEngine:
         self._validate(request)
         while self._stopping is not None:
             await asyncio.wait([self._stopping])
-        running = self._start(request.sampling)
+        running = self._start(request.sampling, request.seed)
         manager, name = running.manager, f"call-{next(self._names)}"
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         seen = 0
@@ -192,7 +192,7 @@ class TransformersEngine:
         if request.sampling.logit_bias:
             raise ValueError("logit_bias is not possible with continuous batching; use OpenAIEngine with a server")
 
-    def _start(self, sampling: Sampling) -> "_Running":
+    def _start(self, sampling: Sampling, seed: int | None) -> "_Running":
         running = self._running
         if running is not None and running.ending:
             running.stop()
@@ -205,7 +205,7 @@ class TransformersEngine:
                 )
             running.stop()
             running = None
-        self._running = running or _Running(self, sampling)
+        self._running = running or _Running(self, sampling, seed)
         self._running.loop = asyncio.get_running_loop()
         return self._running
 
@@ -232,7 +232,7 @@ class TransformersEngine:
 class _Running:
     """A started manager, the calls that wait for it, and how to undo it."""
 
-    def __init__(self, engine: TransformersEngine, sampling: Sampling) -> None:
+    def __init__(self, engine: TransformersEngine, sampling: Sampling, seed: int | None) -> None:
         self.sampling = sampling
         self.model, self.undo = engine.model, ExitStack()
         self.was_training = self.model.training
@@ -252,7 +252,7 @@ class _Running:
             page_size=engine.page_size,
             allow_block_sharing=engine.share_prefixes,
             return_logprobs=True,
-            seed=sampling.seed,
+            seed=seed,  # of the first call: a run that is gone on with must not draw the same again
             drop_unsupported_processors=False,
             **engine._cache_options(),
         )

@@ -97,7 +97,7 @@ def load_prompts(script: GRPOScriptArguments, split: str, seed: int) -> Dataset:
     others = data.remove_columns([name for name in data.column_names if name in ("prompt", script.prompt_column)])
     rows = data.select_columns([script.prompt_column])
     prompts = [prompt(place, row[script.prompt_column]) for place, row in enumerate(rows, 1)]
-    return others.add_column("prompt", prompts)
+    return others.add_column("prompt", prompts) if others.column_names else Dataset.from_dict({"prompt": prompts})
 
 
 def make_grader(script: GRPOScriptArguments) -> Grader:

@@ -60,6 +60,11 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
     if path.suffix in _READERS:
         if not path.is_file():
             raise FileNotFoundError(f"dataset_name={name!r} does not exist; give the path of a JSONL or Parquet file")
+        if split != "train":
+            raise ValueError(
+                f"{name} is a single file, whose only split is 'train', got {split!r}; give held-out rows a file of "
+                "their own, eval_dataset_name"
+            )
         try:
             return load_dataset(_READERS[path.suffix], data_files=str(path), split="train")
         except (DatasetGenerationError, StopIteration) as error:  # the latter for a file without a row

@@ -60,6 +60,17 @@ def trie_logprobs(model: torch.nn.Module, units: list[Unit]) -> list[np.ndarray]
     return found
 
 
+def test_another_key_draws_another_response_in_a_fresh_engine():
+    """A file of trajectories that is gone on with, for more samples of the same prompts, must not get copies."""
+
+    def drawn(key: str) -> list[int]:
+        decoder = ForkJoinDecoder(TransformersEngine(soft_model(0.1)), TAG_IDS, sampling=SEEDED)
+        return asyncio.run(decoder.decode(PROMPTS[0], key=key)).response_ids.tolist()
+
+    assert drawn("0#0") == drawn("0#0")
+    assert len({tuple(drawn(f"0#{sample}")) for sample in range(4)}) > 1
+
+
 @pytest.mark.parametrize(
     "options",
     [

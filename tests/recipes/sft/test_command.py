@@ -100,6 +100,8 @@ def test_parquet_folders_and_missing_files(tmp_path):
     assert load_split(str(tmp_path / "saved"), "train").to_list() == FORK_ROWS
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl' does not exist"):
         load_split("nowhere.jsonl", "train")
+    with pytest.raises(ValueError, match=r"single file, whose only split is 'train', got 'validation'"):
+        load_split(str(tmp_path / "data.parquet"), "validation")
 
 
 def test_errors_end_with_status_one(job, capsys):

@@ -247,7 +247,7 @@ def _dq_pass(
         o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), dq.stride(0), dq.stride(1),
         n, plan.num_blocks, 0, scale, 1.0, D=dim, DV=value_dim, BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, BLOCK=plan.block, HAS_SOFTCAP=False,
-        PRECISION=matmul_precision(), **config.options(),
+        PRECISION=matmul_precision(q.dtype), **config.options(),
     )  # fmt: skip
 
 

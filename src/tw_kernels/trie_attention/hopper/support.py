@@ -51,7 +51,7 @@ def why_unsupported(call: AttentionCall) -> str | None:
 
 
 def hopper_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Trie attention by the Hopper kernels: o (N, H, D) and lse (H, N) float32, the latter without gradient."""
+    """Trie attention by the Hopper kernels: o (N, H, Dv) and lse (H, N) float32, the latter without gradient."""
     from tw_kernels.trie_attention.autograd import kernel_attention
 
     return kernel_attention(call, hopper=True)
