@@ -3,8 +3,9 @@
     prompts (id, ids) × samples ──ForkJoinDecoder──► one line each, appended and flushed as it finishes
 
 A line is a data set row that `threadweaver sft` reads ("units"), with text, measures, timings and status. Keys that
-the file already has are skipped, a half-written last line is cut off first, and a file made with other settings is
-refused. Prompts in flight are bounded; results are never held.
+the file already has are skipped, those of lost trajectories (an engine that failed) are decoded again, a half-written
+last line is cut off first, and a file made with other settings is refused. Prompts in flight are bounded; results are
+never held.
 Guarded by tests/recipes/test_rollout.py. `threadweaver rollout` is tw_recipes.rollout_command.
 """
 
@@ -21,7 +22,7 @@ from tw_core import check_ids
 from tw_core.errors import ThreadWeaverError
 from tw_recipes.blocking import run_blocking
 from tw_recipes.decoding.decoder import ForkJoinDecoder
-from tw_recipes.decoding.rollout import Call, Rollout
+from tw_recipes.decoding.rollout import LOST, Call, Rollout
 from tw_recipes.decoding.rollout import Path as Path_
 
 THINK = "<think>\n"
@@ -48,6 +49,7 @@ class RolloutSummary:
         path: The file.
         written: Lines of this run.
         skipped: Trajectories that the file already had.
+        again: Lost trajectories of earlier runs, whose lines were taken out of the file.
         statuses: How many lines of this run have each status.
         tokens: Tokens that the engine generated in this run.
         seconds: Wall-clock time of this run.
@@ -56,6 +58,7 @@ class RolloutSummary:
     path: Path
     written: int = 0
     skipped: int = 0
+    again: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
@@ -63,13 +66,14 @@ class RolloutSummary:
     @property
     def failed(self) -> int:
         """Trajectories that ended in an error or were cancelled."""
-        return self.statuses.get("error", 0) + self.statuses.get("cancelled", 0)
+        return sum(self.statuses.get(status, 0) for status in LOST)
 
     def __str__(self) -> str:
         states = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items())) or "none"
         rate = self.tokens / self.seconds if self.seconds else 0.0
+        again = f", {self.again} had failed before" if self.again else ""
         return (
-            f"{self.written} trajectories written to {self.path} ({states}), {self.skipped} were there; "
+            f"{self.written} trajectories written to {self.path} ({states}), {self.skipped} were there{again}; "
             f"{self.tokens:,} tokens in {self.seconds:.1f} s ({rate:,.0f} tokens/s)"
         )
 
@@ -87,7 +91,7 @@ def rollout(
     total: int | None = None,
     progress: bool = False,
 ) -> RolloutSummary:
-    """Decodes prompts and appends their trajectories to a JSONL file; call it again to go on after a kill.
+    """Decodes prompts and appends their trajectories to a JSONL file; call it again to go on after a kill or a failure.
 
     Args:
         prompts: Read lazily; ids must be unique.
@@ -102,7 +106,7 @@ def rollout(
         total: Number of prompts, for the estimate of the time left.
         progress: Whether to show a progress bar on stderr.
     Returns:
-        Counts of this run. A trajectory that failed is a line with its status and reason.
+        Counts of this run. A trajectory that failed is a line with its status and reason, until a later run redoes it.
     Raises:
         RolloutFileError: The file is of another run, or broken.
         ValueError: A prompt's id repeats, or `samples` or `concurrency` is not positive.
@@ -111,9 +115,9 @@ def rollout(
         raise ValueError(f"samples and concurrency must be >= 1, got {samples} and {concurrency}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = finished_keys(path)
+    done, lost = finished_keys(path)
     _check_settings(path, settings)
-    summary = RolloutSummary(path)
+    summary = RolloutSummary(path, again=_without(path, lost))
     job = _Job(decoder, tokenizer, summary, done, samples, units)
     bar: AbstractContextManager[Any] = _Bar(None if total is None else total * samples) if progress else nullcontext()
     began = time.perf_counter()
@@ -123,37 +127,41 @@ def rollout(
     return summary
 
 
-def finished_keys(path: str | Path) -> set[str]:
+def finished_keys(path: str | Path) -> tuple[set[str], set[str]]:
     """Keys of the whole lines of a file of trajectories; a last line that lacks its end is cut off.
+
+    Returns:
+        Keys of trajectories that are done, and of those that were lost (`LOST`).
 
     Raises:
         RolloutFileError: A line is no trajectory, or a key stands twice.
     """
-    path, keys, good = Path(path), set(), 0
+    path, done, lost, good = Path(path), set[str](), set[str](), 0
     if not path.exists():
-        return keys
+        return done, lost
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                key = json.loads(line)["key"]
+                row = json.loads(line)
+                key, status = row["key"], row["status"]
                 if not (isinstance(key, str) and line.endswith(b"\n")):
                     raise ValueError("half a line, or a key that is no name")
             except (ValueError, KeyError, TypeError) as error:
                 # A killed run leaves the beginning of a line; whatever else stands here is not ours to cut off.
-                if line.endswith(b"\n") or not (keys or _settings_file(path).exists()):
+                if line.endswith(b"\n") or not (done or lost or _settings_file(path).exists()):
                     raise RolloutFileError(
-                        f"{path}, line {number}: expected a trajectory with a key, got {line[:60]!r}; repair the file, "
-                        "or name another one to write"
+                        f"{path}, line {number}: expected a trajectory with a key and a status, got {line[:60]!r}; "
+                        "repair the file, or name another one to write"
                     ) from error
                 break
-            if key in keys:
+            if key in done or key in lost:
                 raise RolloutFileError(f"{path}, line {number}: key {key!r} stands twice; two runs wrote this file")
-            keys.add(key)
+            (lost if status in LOST else done).add(key)
             good += len(line)
     if good != path.stat().st_size:
         with path.open("rb+") as file:
             file.truncate(good)
-    return keys
+    return done, lost
 
 
 def read_trajectories(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -244,6 +252,16 @@ def _call(call: Call) -> dict[str, Any]:
     if call.attempts > 1:
         optional["attempts"] = call.attempts
     return found | {name: value for name, value in optional.items() if value not in (None, "")}
+
+
+def _without(path: Path, lost: set[str]) -> int:
+    """Takes the lines with these keys out of the file; a kill leaves it as it was. Returns how many."""
+    if lost:
+        half = path.with_name(path.name + ".part")
+        with path.open("rb") as old, half.open("wb") as new:
+            new.writelines(line for line in old if json.loads(line)["key"] not in lost)
+        half.replace(path)
+    return len(lost)
 
 
 def _settings_file(path: Path) -> Path:

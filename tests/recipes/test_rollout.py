@@ -73,7 +73,7 @@ def test_going_on_skips_what_is_there_and_repairs_a_half_line(model, tokenizer, 
     summary = run_rollout(job, text_engine(tokenizer))
     assert (summary.written, summary.skipped) == (2, 4)
     assert job.out.read_bytes().startswith(b"".join(lines[:4]))
-    assert len(finished_keys(job.out)) == 6
+    assert len(finished_keys(job.out)[0]) == 6
     again = run_rollout(job, text_engine(tokenizer))
     assert (again.written, again.skipped) == (0, 6)
 
@@ -82,7 +82,8 @@ def test_going_on_skips_what_is_there_and_repairs_a_half_line(model, tokenizer, 
 def test_a_file_of_something_else_is_left_as_it_is(model, tokenizer, tmp_path, content):
     job = options(model, tmp_path)
     job.out.write_text(content)
-    with pytest.raises(RolloutFileError, match=r"line 1: expected a trajectory with a key.*name another one to write"):
+    message = r"line 1: expected a trajectory with a key and a status.*name another one"
+    with pytest.raises(RolloutFileError, match=message):
         run_rollout(job, text_engine(tokenizer))
     assert job.out.read_text() == content
     assert not list(tmp_path.glob("*.settings.json"))
@@ -143,6 +144,19 @@ def test_an_engine_failure_is_a_line_with_its_reason(model, tokenizer, tmp_path)
     assert "server is gone" in failed["reason"]
 
 
+def test_going_on_decodes_again_what_an_engine_lost(model, tokenizer, tmp_path):
+    job = options(model, tmp_path, 2)
+    run_rollout(job, ScriptedEngine([EngineError("server is gone")], [tokenizer.eos_token_id]))
+    kept = [line for line in job.out.read_bytes().splitlines(keepends=True) if b"server is gone" not in line]
+    assert len(kept) == 1
+    summary = run_rollout(job, text_engine(tokenizer))
+    assert (summary.written, summary.skipped, summary.again, summary.failed) == (1, 1, 1, 0)
+    assert "1 had failed before" in str(summary)
+    assert job.out.read_bytes().startswith(kept[0])
+    assert {row["status"] for row in read_trajectories(job.out)} == {"done"}
+    assert list(tmp_path.glob("*.part")) == []
+
+
 def test_prompts_are_read_only_as_fast_as_they_are_decoded(model, tokenizer, tmp_path):
     out, ahead = tmp_path / "out.jsonl", []
 
@@ -153,7 +167,7 @@ def test_prompts_are_read_only_as_fast_as_they_are_decoded(model, tokenizer, tmp
 
     rollout(prompts(), make_decoder(EngineOptions(str(model)), tokenizer, text_engine(tokenizer)), tokenizer, out,
             concurrency=3)  # fmt: skip
-    assert len(finished_keys(out)) == 30
+    assert len(finished_keys(out)[0]) == 30
     assert max(ahead) <= 3
 
 

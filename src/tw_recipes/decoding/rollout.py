@@ -20,6 +20,8 @@ import numpy as np
 from tw_core import ParallelStats, TagIds, Unit, parallel_stats
 
 Status = Literal["done", "length", "error", "cancelled"]
+LOST: tuple[Status, ...] = ("error", "cancelled")
+"""Of trajectories that are no samples of the model: an engine call failed, or the run was stopped."""
 """done: an end-of-sequence id; length: a budget is gone; error: an engine call was lost; cancelled: it was stopped."""
 
 Kind = Literal["sequential", "thread", "warm"]

@@ -23,7 +23,7 @@ from trl.data_utils import is_conversational
 from tw_core import TagIds
 from tw_core.errors import ThreadWeaverError
 from tw_recipes.decoding.engine import Engine
-from tw_recipes.decoding.rollout import Rollout
+from tw_recipes.decoding.rollout import LOST, Rollout
 from tw_recipes.evaluation.grading import Grader
 from tw_recipes.grpo.epoch_sampler import EpochRepeatSampler
 from tw_recipes.grpo.pgrpo_config import PGRPOConfig
@@ -153,7 +153,7 @@ class PGRPOTrainer(TrieGRPOTrainer):
         rollouts = self.source.rollouts(ids, [f"{rank}.{place}" for place in range(len(ids))], step)
         self._rollouts = rollouts
         self._rows = [trajectory_row(rollout, self._tokenizer, units=False) for rollout in rollouts]
-        self._failed = [rollout.status in ("error", "cancelled") for rollout in rollouts]
+        self._failed = [rollout.status in LOST for rollout in rollouts]
         self._record(batch_metrics(self._rows, self.source.retried - before, self.accelerator))
         self._stop_if_most_failed(rollouts)
         found = [rollout_row(rollout, self.eos_token_ids) for rollout in rollouts]

@@ -18,7 +18,7 @@ from tw_recipes.decoding.decoder import ForkJoinDecoder
 from tw_recipes.decoding.engine import GREEDY
 from tw_recipes.decoding.limits import Limits
 from tw_recipes.decoding.lockstep_engine import LockstepEngine
-from tw_recipes.decoding.rollout import Rollout
+from tw_recipes.decoding.rollout import LOST, Rollout
 
 # Engine calls in flight: 200 problems took 7.0 s with 64, 14.2 s all at once (two threads, tiny model).
 CALLS_IN_FLIGHT = 64
@@ -97,7 +97,7 @@ def measure(
     decoder = ForkJoinDecoder(engine, tags, limits, GREEDY, max_calls=CALLS_IN_FLIGHT)
     prompts = [tokenizer.encode(row["prompt"], add_special_tokens=False) for row in rows]
     rollouts, batch_seconds, singles = asyncio.run(_decode(decoder, prompts, single, on_done))
-    lost = next((rollout for rollout in rollouts if rollout.status in ("error", "cancelled")), None)
+    lost = next((rollout for rollout in rollouts if rollout.status in LOST), None)
     if lost is not None:
         raise RuntimeError(f"decoding problem {lost.key} failed: {lost.reason}")
     texts = [rollout.text(tokenizer) for rollout in rollouts]

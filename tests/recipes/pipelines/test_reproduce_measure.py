@@ -8,7 +8,7 @@ from transformers import Qwen3ForCausalLM
 
 from tw_core import TagIds
 from tw_recipes.decoding.decoder import ForkJoinDecoder
-from tw_recipes.decoding.engine import GREEDY
+from tw_recipes.decoding.engine import GREEDY, EngineError
 from tw_recipes.decoding.limits import Limits
 from tw_recipes.decoding.scripted_engine import ScriptedEngine
 from tw_recipes.pipelines.reproduce import measure
@@ -53,6 +53,21 @@ def test_figures_of_right_and_wrong_responses() -> None:
     assert found["latency"][0] < found["tokens"][0]
     assert found["token_latency"] == pytest.approx(sum(found["latency"]) / 3)
     assert found["threads_right"] == {"first": 1.0, "later": 1.0}
+
+
+def test_what_an_engine_lost_is_decoded_again_and_not_graded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tiny_model(TOKENIZER, seed=0)
+    rows, file = PLAIN[:2], tmp_path / "trajectories.jsonl"
+    engines = [
+        ScriptedEngine([[TOKENIZER.eos_token_id], EngineError("out of memory")], eos_ids=[TOKENIZER.eos_token_id]),
+        ScriptedEngine([[TOKENIZER.eos_token_id]], eos_ids=[TOKENIZER.eos_token_id]),
+    ]
+    monkeypatch.setattr(measure, "LockstepEngine", lambda *_, **__: engines.pop(0))
+    limits = measure.limits_for(rows, TOKENIZER, fork=False)
+    with pytest.raises(RuntimeError, match=r"not every problem has a trajectory: .*out of memory.*run again"):
+        measure.decode(model, TOKENIZER, rows, file, limits=limits)
+    found = measure.decode(model, TOKENIZER, rows, file, limits=limits)
+    assert [row["status"] for row in found] == ["done", "done"]
 
 
 def test_threads_are_compared_by_their_place() -> None:

@@ -20,6 +20,7 @@ from tw_recipes.decoding.decoder import ForkJoinDecoder
 from tw_recipes.decoding.engine import GREEDY, Engine, Sampling
 from tw_recipes.decoding.limits import Limits
 from tw_recipes.decoding.lockstep_engine import LockstepEngine
+from tw_recipes.decoding.rollout import LOST
 from tw_recipes.decoding.transformers_engine import TransformersEngine
 from tw_recipes.evaluation.metrics import wilson
 from tw_recipes.rollout import Prompt, read_trajectories, rollout
@@ -44,7 +45,7 @@ def decode(
     sampling: Sampling = GREEDY,
     units: bool = False,
 ) -> list[dict[str, Any]]:
-    """One trajectory a problem, in the order of `rows`; trajectories that the file has are not decoded again.
+    """One trajectory a problem, in the order of `rows`; those that the file has are not decoded again unless lost.
 
     Args:
         model: A causal language model.
@@ -76,8 +77,8 @@ def decode(
     summary = rollout(prompts, decoder, tokenizer, path, concurrency=IN_FLIGHT[model.device.type], units=units)
     found = sorted(read_trajectories(path), key=lambda row: row["id"])
     if summary.failed or len(found) != len(rows):
-        lost = next((row["reason"] for row in found if row["status"] in ("error", "cancelled")), "a line is missing")
-        raise RuntimeError(f"{path}: not every problem has a trajectory: {lost}; remove the file and run again")
+        lost = next((row["reason"] for row in found if row["status"] in LOST), "a line is missing")
+        raise RuntimeError(f"{path}: not every problem has a trajectory: {lost}; run again, the rest is kept")
     return found
 
 
