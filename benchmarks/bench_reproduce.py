@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from benchmarks.records import merge_records, read_results, write_records
-from transformers import set_seed
 
 from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.quiet import quietly
@@ -36,7 +35,7 @@ from tw_recipes.pipelines.reproduce.report import stage_figures
 from tw_recipes.pipelines.reproduce.rows import SIDES
 from tw_recipes.pipelines.reproduce.settings import Settings
 from tw_recipes.pipelines.reproduce.sides import Worker
-from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, Stages, told
+from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "std_normalisation": {"std_normalisation": True, "clocks": False},
@@ -173,6 +172,10 @@ def _settings(options: argparse.Namespace, shared: dict[str, Any], variant: str,
     return command.settings_of(options.preset, **{**shared, "seed": seed, **ABLATIONS.get(variant, {})})
 
 
+def _minutes(until: float | None) -> float | None:
+    return None if until is None else (until - time.monotonic()) / 60
+
+
 def _train_at_once(options: argparse.Namespace, shared: dict[str, Any], until: float | None) -> None:
     """One process for each side of every run, for all but the wall clocks; what two of them share, one of them makes.
 
@@ -182,7 +185,8 @@ def _train_at_once(options: argparse.Namespace, shared: dict[str, Any], until: f
         OutOfTime: The time is used up.
         RuntimeError: A process failed; its message is on stderr.
     """
-    left = [] if until is None else [f"{(until - time.monotonic()) / 60:.3f}"]
+    minutes = _minutes(until)
+    left = [] if minutes is None else [f"{minutes:.3f}"]
     devices = torch.cuda.device_count()
     running: dict[str, subprocess.Popen[bytes]] = {}
     try:
@@ -215,11 +219,7 @@ def _forkjoin_records(
 ) -> list[dict[str, Any]]:
     """The records of the fork/join side of one run, whose sequential side is not made."""
     settings = _settings(options, shared, variant, seed)
-    minutes = None if until is None else (until - time.monotonic()) / 60
-    stages = Stages(options.out / str(seed), minutes=minutes, around=told)
-    torch.set_num_threads(settings.threads)
-    set_seed(settings.seed)
-    side = quietly(Worker(settings, stages).side)("forkjoin")
+    side = quietly(Worker(settings, options.out / str(seed), minutes=_minutes(until)).side)("forkjoin")
     return side_records(
         "forkjoin", [stage_figures(*pair) for pair in zip(side.trained, side.evaluated, strict=True)], name
     )
@@ -234,8 +234,7 @@ def _results(
     kept = folder / f"results-{variant or 'base'}.json"
     if not (options.reuse and kept.exists()):
         settings = _settings(options, shared, variant, seed)
-        minutes = None if until is None else (until - time.monotonic()) / 60
-        quietly(command.reproduce)(settings, folder, minutes=minutes)
+        quietly(command.reproduce)(settings, folder, minutes=_minutes(until))
         kept.write_text((folder / "results.json").read_text())
     return json.loads(kept.read_text())
 

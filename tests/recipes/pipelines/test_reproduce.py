@@ -288,12 +288,12 @@ def test_a_run_that_is_stopped_in_every_step_ends_with_the_same_models(
     monkeypatch.setattr(reinforcement, "micro_batches_of", lambda settings: micro_batches)
     settings = replace(TINY, reinforcement=replace(TINY.reinforcement, steps=2))
     REPRODUCE(settings, tmp_path / "whole")
-    stages, stops = Stages(tmp_path / "pieces"), 0
+    stops = 0
     # Stages start, but training finds that its time is used up: every run makes one step.
-    monkeypatch.setattr(stages, "checkpoints", lambda folder: Checkpoints(folder, deadline=0.0))
+    monkeypatch.setattr(Stages, "checkpoints", lambda self, folder: Checkpoints(folder, deadline=0.0))
     for _ in range(20):
         try:
-            quietly(Worker(settings, stages).side)("forkjoin")
+            quietly(Worker(settings, tmp_path / "pieces").side)("forkjoin")
             break
         except OutOfTime:
             stops += 1

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import set_seed
 
 from tw_recipes.pipelines.checkpoints import OutOfTime
 from tw_recipes.pipelines.quiet import quietly
@@ -27,7 +26,7 @@ from tw_recipes.pipelines.reproduce import report
 from tw_recipes.pipelines.reproduce.rows import SIDES
 from tw_recipes.pipelines.reproduce.settings import PRESETS, Settings
 from tw_recipes.pipelines.reproduce.sides import Worker
-from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, StageError, Stages, told
+from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME, StageError
 
 
 def reproduce(settings: Settings, out: Path = Path("out/reproduce"), *, minutes: float | None = None) -> dict[str, Any]:
@@ -47,13 +46,10 @@ def reproduce(settings: Settings, out: Path = Path("out/reproduce"), *, minutes:
         OutOfTime: The time is used up; call it again to go on.
     """
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(settings.threads)
-    set_seed(settings.seed)
-    stages = Stages(out, minutes=minutes, around=told)
-    worker = Worker(settings, stages)
+    worker = Worker(settings, out, minutes=minutes)
     start = worker.start()
     if settings.at_once:
-        _both_at_once(settings, out, stages.minutes_left)
+        _both_at_once(settings, out, worker.stages.minutes_left)
         torch.set_num_threads(1)  # the wall clocks: one token of a tiny model is slower on two
     sides = {side: worker.side(side) for side in SIDES}
     results = report.collect(settings, start, sides)

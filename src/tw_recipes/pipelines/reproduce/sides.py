@@ -66,15 +66,19 @@ class SideResult:
 
 
 class Worker:
-    """Makes stages with one set of settings.
+    """Makes stages with one set of settings; seeds this process and sets its number of threads.
 
     Args:
         settings: Of the run.
-        stages: Where they are kept.
+        out: Folder of the stages.
+        minutes: After so many minutes from now no stage starts; None: no bound.
+        threads: Of torch on the CPU; None: as the settings say.
     """
 
-    def __init__(self, settings: Settings, stages: Stages):
-        self.settings, self.stages = settings, stages
+    def __init__(self, settings: Settings, out: Path, *, minutes: float | None = None, threads: int | None = None):
+        torch.set_num_threads(threads or settings.threads)
+        set_seed(settings.seed)
+        self.settings, self.stages = settings, Stages(out, minutes=minutes, around=told)
         self.task = settings.make_task()
         self.tokenizer = self.task.tokenizer()
         self.base = {
@@ -348,12 +352,9 @@ def main(argv: Sequence[str]) -> int:
     """`SETTINGS.json OUT SIDE THREADS [MINUTES]`: see `Worker.share`. Started by `reproduce`, not by users."""
     settings = Settings.from_json(json.loads(Path(argv[0]).read_text(encoding="utf-8")))
     side = next(name for name in rows.SIDES if name == argv[2])
-    torch.set_num_threads(int(argv[3]))
-    set_seed(settings.seed)
     minutes = float(argv[4]) if len(argv) > 4 else None
-    stages = Stages(Path(argv[1]), minutes=minutes, around=told)
     try:
-        quietly(Worker(settings, stages).share)(side)
+        quietly(Worker(settings, Path(argv[1]), minutes=minutes, threads=int(argv[3])).share)(side)
     except OutOfTime as pause:
         print(pause, file=sys.stderr)
         return OUT_OF_TIME
