@@ -1,13 +1,15 @@
 """Reads data set files, JSONL or Parquet, row by row, with errors that name the place.
 
     rows, skipped = read_rows("train.jsonl", ("prompt", "text", "answer"))
-    RowReadError: train.jsonl, line 7, column 'text': expected a string, got null; repair the row or pass skip_bad=True
+    RowReadError: train.jsonl, line 7, column 'text': expected a string, got null; repair the row, …
 
 Nothing is dropped in silence: with `skip_bad` the bad rows are counted and listed in `skipped`.
 Tests: tests/recipes/test_data.py.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ class BadRow:
 
     Attributes:
         file: Path of the file.
-        line: 1-based line of a JSONL file, 1-based row of a Parquet file.
+        line: 1-based line of a JSONL file, 1-based row of anything else.
         column: Name of the column, "" when the row as a whole is bad.
         reason: What was expected and what was found.
     """
@@ -37,14 +39,15 @@ class BadRow:
 
     def __str__(self) -> str:
         column = f", column {self.column!r}" if self.column else ""
-        return f"{self.file}, line {self.line}{column}: {self.reason}"
+        unit = "line" if self.file.endswith(".jsonl") else "row"
+        return f"{self.file}, {unit} {self.line}{column}: {self.reason}"
 
 
 class RowReadError(ThreadWeaverError, ValueError):
     """A row of a data set file is corrupted; `bad` says where."""
 
     def __init__(self, bad: BadRow):
-        super().__init__(f"{bad}; repair the row, name another column, or skip bad rows (skip_bad=True, --skip-bad)")
+        super().__init__(f"{bad}; repair the row, or name another column")
         self.bad = bad
 
 
@@ -117,6 +120,40 @@ def iter_rows(
         if skipped is None:
             raise RowReadError(bad)
         skipped.append(bad)
+
+
+def content_setting(source: str | Path, settings: Path) -> dict[str, str]:
+    """What the settings of a resumable run say of an input file, so that it is not gone on with on another content.
+
+    Args:
+        source: The input.
+        settings: The file that keeps the run's settings.
+
+    Returns:
+        {"sha256": …}; empty where `source` is no file (a data set of the Hub), or where `settings` was written by a
+        version that did not compare contents.
+    """
+    if not Path(source).is_file():
+        return {}
+    if settings.exists() and "sha256" not in json.loads(settings.read_text(encoding="utf-8")):
+        return {}
+    with Path(source).open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def require_local(argument: str, name: str) -> None:
+    """Refuse a name that can only be a path, and where nothing is, before the Hub is asked for it.
+
+    Raises:
+        FileNotFoundError: Such a name.
+    """
+    path = Path(name)
+    local = name.startswith((".", "/", "~")) or name.count(os.sep) > 1 or (os.sep in name and path.parent.is_dir())
+    if local and not path.exists():
+        raise FileNotFoundError(
+            f"{argument} must be a local folder or a name on the Hub, got {name!r}: there is no such folder; check the "
+            "path"
+        )
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -148,7 +148,7 @@ def finished_keys(path: str | Path) -> tuple[set[str], set[str]]:
                     raise ValueError("half a line, or a key that is no name")
             except (ValueError, KeyError, TypeError) as error:
                 # A killed run leaves the beginning of a line; whatever else stands here is not ours to cut off.
-                if line.endswith(b"\n") or not (done or lost or _settings_file(path).exists()):
+                if line.endswith(b"\n") or not (done or lost or settings_file(path).exists()):
                     raise RolloutFileError(
                         f"{path}, line {number}: expected a trajectory with a key and a status, got {line[:60]!r}; "
                         "repair the file, or name another one to write"
@@ -264,7 +264,8 @@ def _without(path: Path, lost: set[str]) -> int:
     return len(lost)
 
 
-def _settings_file(path: Path) -> Path:
+def settings_file(path: Path) -> Path:
+    """Where the settings of a file of trajectories are kept."""
     return path.with_name(path.name + ".settings.json")
 
 
@@ -272,7 +273,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any] | None) -> None:
     """Keeps settings beside a new file; compares them for one that is gone on with."""
     if settings is None:
         return
-    kept, wanted = _settings_file(path), json.loads(json.dumps(settings))
+    kept, wanted = settings_file(path), json.loads(json.dumps(settings))
     if path.exists() and path.stat().st_size and kept.exists():
         before = json.loads(kept.read_text(encoding="utf-8"))
         changed = sorted(name for name in {*before, *wanted} if before.get(name) != wanted.get(name))

@@ -17,11 +17,11 @@ import tyro
 
 from tw_core import TagIds
 from tw_core.errors import ThreadWeaverError
-from tw_recipes.data import read_rows
+from tw_recipes.data import content_setting, read_rows, require_local
 from tw_recipes.decoding.decoder import ForkJoinDecoder
 from tw_recipes.decoding.engine import Engine, Sampling
 from tw_recipes.decoding.limits import Limits
-from tw_recipes.rollout import THINK, Prompt, RolloutSummary, rollout
+from tw_recipes.rollout import THINK, Prompt, RolloutSummary, rollout, settings_file
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer of a model whose tags are single tokens."""
     from transformers import AutoTokenizer
 
+    require_local("model", model)
     return AutoTokenizer.from_pretrained(model)
 
 
@@ -97,10 +98,19 @@ def make_engine(options: EngineOptions, tokenizer: Any) -> Engine:
         from tw_recipes.decoding import OpenAIEngine
 
         return OpenAIEngine(list(options.base_url), options.served_name or options.model, tokenizer)
+    import torch
     from transformers import AutoModelForCausalLM
 
     from tw_recipes.decoding import TransformersEngine
 
+    try:
+        torch.empty(0, device=options.device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be one that torch can use here, got {options.device!r} ({reason}); give cpu, or install a "
+            "torch for that device"
+        ) from error
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(options.device).eval()
     eos = model.generation_config.eos_token_id if model.generation_config else None
     if eos is None:
@@ -128,6 +138,11 @@ def encode_prompt(tokenizer: Any, text: str, *, raw: bool = False, think: bool =
         chat = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text + (THINK if think else ""), add_special_tokens=raw)
+
+
+def with_content(settings: dict[str, Any], source: str | Path, out: Path) -> dict[str, Any]:
+    """Settings of the trajectories at `out`, and the content of the file that their prompts come from."""
+    return settings | content_setting(source, settings_file(out))
 
 
 @dataclass(frozen=True)
@@ -170,7 +185,7 @@ def run_rollout(options: RolloutOptions, engine: Engine | None = None) -> Rollou
     columns = [options.column] if options.id_column is None else [options.column, options.id_column]
     rows = read_rows(options.prompts, columns[:1]).rows[: options.limit]
     tokenizer = load_tokenizer(options.engine.model)
-    for place, row in enumerate(rows):
+    for place, row in enumerate(rows, 1):
         if options.id_column is not None and options.id_column not in row:
             raise ValueError(f"{options.prompts}, row {place} has no column {options.id_column!r}; check id_column")
 
@@ -189,7 +204,7 @@ def run_rollout(options: RolloutOptions, engine: Engine | None = None) -> Rollou
         options.out,
         samples=options.samples,
         concurrency=options.concurrency,
-        settings=settings,
+        settings=with_content(settings, options.prompts, options.out),
         units=options.units,
         total=len(rows),
         progress=options.progress,

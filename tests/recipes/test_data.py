@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from tests.support.text import FORK_ROWS, MALFORMED_ROW
-from tw_recipes.data import RowReadError, fork_join_text, read_rows, write_jsonl
+from tw_recipes.data import RowReadError, fork_join_text, read_rows, require_local, write_jsonl
 
 COLUMNS = ("prompt", "text")
 GOOD = [{"prompt": f"question {i}", "text": f"answer {i}"} for i in range(3)]
@@ -48,7 +48,7 @@ def test_a_bad_line_is_named_and_can_be_skipped(tmp_path: Path, line: str | byte
     # An empty line before it: lines are counted as an editor counts them.
     path = _file(tmp_path, json.dumps(FORK_ROWS[0]), "", line, json.dumps(FORK_ROWS[1]), "")
     place = f"rows.jsonl, line 3{f', column {column!r}' if column else ''}: {reason}"
-    with pytest.raises(RowReadError, match=f"{place}.*skip_bad=True") as caught:
+    with pytest.raises(RowReadError, match=f"{place}.*; repair the row, or name another column$") as caught:
         read_rows(path, COLUMNS, check=fork_join_text)
     assert (caught.value.bad.line, caught.value.bad.column) == (3, column)
     result = read_rows(path, COLUMNS, check=fork_join_text, skip_bad=True)
@@ -73,7 +73,7 @@ def test_a_bad_parquet_row_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     rows: list[dict[str, Any]] = [GOOD[0], {"prompt": "a", "text": None}]
     parquet.write_table(pa.Table.from_pylist(rows), path)
-    with pytest.raises(RowReadError, match=r"rows\.parquet, line 2, column 'text': expected a string, got null"):
+    with pytest.raises(RowReadError, match=r"rows\.parquet, row 2, column 'text': expected a string, got null"):
         read_rows(path, COLUMNS)
     assert read_rows(path, COLUMNS, skip_bad=True).rows == [GOOD[0]]
 
@@ -96,3 +96,13 @@ def test_a_file_that_cannot_be_used_at_all(tmp_path: Path) -> None:
 def test_a_long_list_of_skipped_rows_is_cut_and_counted(tmp_path: Path) -> None:
     path = _file(tmp_path, *["no"] * 8, json.dumps(GOOD[0]))
     assert read_rows(path, COLUMNS, skip_bad=True).report(limit=2).endswith("and 6 more")
+
+
+def test_a_name_that_can_only_be_a_path_is_not_one_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "sft").mkdir(parents=True)
+    for name in ("gpt2", "Qwen/Qwen3-8B", "out/sft", "./out", str(tmp_path)):
+        require_local("model", name)
+    for name in ("out/sfft", "out/sft/checkpoint-7", "./sft", "~/sft", "/models/x", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=f"model must be a local folder .*, got '{name}'.* check the"):
+            require_local("model", name)

@@ -27,11 +27,13 @@ class Estimate:
         records: Readable traces.
         unreadable: Rows that would be rejected unread.
         rows: (question, model, calls, prompt tokens, reply tokens, cost) each.
+        first_unreadable: Place and fault of the first such row, "" without one.
     """
 
     records: int
     unreadable: int
     rows: list[tuple[str, str, int, int, int, float]]
+    first_unreadable: str = ""
 
     @property
     def tokens(self) -> int:
@@ -76,6 +78,7 @@ def estimate(traces: Iterable[Trace | Sample], prompts: Prompts, models: Models)
         for question, size in _sizes(trace, prompts).items():
             sizes[question] += size
     records, unreadable = len(readable), len(head) - len(readable)
+    first = next((trace.dropped[0].detail for trace in head if isinstance(trace, Sample)), "")
     for record in source:
         records += isinstance(record, Trace)
         unreadable += isinstance(record, Sample)
@@ -85,7 +88,7 @@ def estimate(traces: Iterable[Trace | Sample], prompts: Prompts, models: Models)
         prompt = int(sizes[question] / max(len(readable), 1) * records) // 4
         reply = _REPLY[question] * records // 4
         rows.append((question, model, records, prompt, reply, models.cost(model, prompt, reply)))
-    return Estimate(records, unreadable, rows)
+    return Estimate(records, unreadable, rows, first)
 
 
 def _sizes(trace: Trace, prompts: Prompts) -> dict[str, int]:

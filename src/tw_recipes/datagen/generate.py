@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from tw_recipes.blocking import run_blocking
+from tw_recipes.data import content_setting
 from tw_recipes.datagen.accounting import Accounts, Usage
 from tw_recipes.datagen.annotator import Annotator, RetryPolicy
 from tw_recipes.datagen.estimate import Estimate, estimate
@@ -101,10 +102,20 @@ class EndpointOptions:
         return Models(self.model, self.models, {name: Price(*price) for name, price in self.prices.items()})
 
     def llm(self) -> OpenAILLM:
-        """The endpoint."""
+        """The endpoint.
+
+        Raises:
+            ValueError: It is OpenAI, and there is no key.
+        """
+        key = os.environ.get(self.api_key_env)
+        if not key and self.base_url is None and not os.environ.get("OPENAI_BASE_URL"):
+            raise ValueError(
+                f"the environment variable {self.api_key_env} must hold the key of OpenAI, which is asked without "
+                "base_url, got none; set it, name another variable (api_key_env), or give the base_url of a server"
+            )
         return OpenAILLM(
             self.base_url,
-            api_key=os.environ.get(self.api_key_env),
+            api_key=key,
             structured=self.structured,
             temperature=self.temperature,
             timeout_s=self.timeout_s,
@@ -160,6 +171,7 @@ class JobOptions:
         return {
             "source": path.name if path.is_file() else self.source,
             "bytes": path.stat().st_size if path.is_file() else None,
+            **content_setting(path, self.out / "settings.json"),
             "columns": asdict(self.columns),
             "split": self.split,
             "limit": self.limit,
@@ -202,8 +214,19 @@ def make_grader(kind: Literal["math", "exact"], workers: int = 2) -> Grader:
 
 
 def dry_run(options: JobOptions) -> Estimate:
-    """What a job would ask and cost; nothing is asked or written."""
-    return estimate(options.traces(), Prompts(options.prompts), options.endpoint.annotators)
+    """What a job would ask and cost; nothing is asked or written.
+
+    Raises:
+        DatagenError: No row of the input can be read.
+    """
+    plan = estimate(options.traces(), Prompts(options.prompts), options.endpoint.annotators)
+    if not plan.records:
+        rows = f"{plan.unreadable} rows and none that can be read" if plan.unreadable else "no row"
+        fault = f" ({plan.first_unreadable})" if plan.first_unreadable else ""
+        raise DatagenError(
+            f"{options.source} must hold traces, got {rows}{fault}; name its columns (columns.question …)"
+        )
+    return plan
 
 
 def generate_data(
@@ -225,9 +248,11 @@ def generate_data(
     Raises:
         StoreError: The folder is of another job.
         AccessError: The endpoint refuses every call.
+        ValueError: There is no key for the endpoint.
         FileNotFoundError: There is no input.
     """
     endpoint, models = options.endpoint, options.endpoint.annotators
+    llm = llm or endpoint.llm()
     store = Store(options.out, options.settings(), options.shard_size)
     accounts = Accounts(options.out / "calls" / f"worker-{options.worker:03d}.jsonl", models)
     spent = accounts.total
@@ -235,7 +260,7 @@ def generate_data(
 
     async def run(grader: Grader) -> RunSummary:
         annotator = Annotator(
-            llm or endpoint.llm(),
+            llm,
             models,
             Prompts(options.prompts),
             options.stages,

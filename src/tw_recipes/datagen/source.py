@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tw_recipes.data import BadRow, iter_rows
+from tw_recipes.data import BadRow, iter_rows, require_local
 from tw_recipes.datagen.models import Dropped, Sample, Trace
 from tw_recipes.datagen.reasons import Reason
 
@@ -88,6 +88,7 @@ def _rows(source: str, needed: list[str], split: str) -> Iterator[dict[str, Any]
 def _hub_rows(source: str, needed: list[str], split: str) -> Iterator[dict[str, Any] | BadRow]:
     from datasets import load_dataset
 
+    require_local("source", source)
     for line, row in enumerate(load_dataset(source, split=split, streaming=True), 1):
         missing = [name for name in needed if not isinstance(row.get(name), str) or not row[name]]
         has = f"expected a non-empty string; the row has {', '.join(row)}"

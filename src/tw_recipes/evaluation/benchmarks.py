@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tw_core.errors import ThreadWeaverError
-from tw_recipes.data import read_rows
+from tw_recipes.data import read_rows, require_local
 
 
 class BenchmarkError(ThreadWeaverError, ValueError):
@@ -112,6 +112,7 @@ def load_problems(
         kind = "json" if source.endswith(".jsonl") else "parquet"
         rows = load_dataset(kind, data_files=source, split="train")
     else:
+        require_local("path", source)
         rows = load_dataset(source, spec.config, split=where)
     rows = rows.select(range(min(limit, len(rows)))) if limit is not None else rows
     return _problems(source, rows, question_column or spec.question, answer_column or spec.answer, spec.key)
@@ -121,20 +122,20 @@ def _problems(
     source: str, rows: Iterable[Mapping[str, Any]], question: str, answer: str, key: str | None
 ) -> list[Problem]:
     problems, seen = [], set()
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows, 1):
         for column in (question, answer):
             if row.get(column) is None:
                 raise BenchmarkError(
-                    f"{source}, row {place}: column {column!r} is missing or null, the row has {', '.join(row)}; "
+                    f"{source}, row {number}: column {column!r} is missing or null, the row has {', '.join(row)}; "
                     "name the columns with question_column and answer_column"
                 )
         value = row[answer]
         text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         if not text.strip():
-            raise BenchmarkError(f"{source}, row {place}: column {answer!r} is empty; drop the row")
-        name = str(place) if key is None or row.get(key) is None else str(row[key])
+            raise BenchmarkError(f"{source}, row {number}: column {answer!r} is empty; drop the row")
+        name = str(number - 1) if key is None or row.get(key) is None else str(row[key])
         if name in seen:
-            raise BenchmarkError(f"{source}, row {place}: column {key!r} repeats {name!r}; make it unique")
+            raise BenchmarkError(f"{source}, row {number}: column {key!r} repeats {name!r}; make it unique")
         seen.add(name)
         problems.append(Problem(name, str(row[question]), text))
     if not problems:

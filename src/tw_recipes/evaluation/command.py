@@ -11,16 +11,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from tw_core.errors import ThreadWeaverError
 from tw_recipes.decoding.engine import Engine
+from tw_recipes.decoding.rollout import LOST
 from tw_recipes.evaluation.benchmarks import load_problems
 from tw_recipes.evaluation.evaluate import INSTRUCTION, Baseline, EvalResult, PromptFormat, evaluate
 from tw_recipes.evaluation.grading import ExactGrader, Grader, GraderPool
-from tw_recipes.rollout_command import EngineOptions, load_tokenizer, make_decoder, make_engine
+from tw_recipes.rollout_command import EngineOptions, load_tokenizer, make_decoder, make_engine, with_content
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,6 @@ def run_eval(options: EvalOptions, command: str = "threadweaver eval", engine: E
     tokenizer = load_tokenizer(options.engine.model)
     engine = engine if engine is not None else make_engine(options.engine, tokenizer)
     prompt = PromptFormat(options.instruction, options.raw, options.think)
-    shared = {"instruction": options.instruction, "raw": options.raw, "think": options.think, "data": options.dataset}
     grader: Grader = ExactGrader()
     if options.grader == "math":
         grader = GraderPool(options.grade_workers, options.grade_timeout_s)
@@ -93,13 +93,13 @@ def run_eval(options: EvalOptions, command: str = "threadweaver eval", engine: E
             options.out,
             case=options.dataset if not Path(options.dataset).suffix else Path(options.dataset).stem,
             samples=options.samples,
-            baseline=_baseline(options, engine, tokenizer, shared),
+            baseline=_baseline(options, engine, tokenizer),
             grader=grader,
             name=Path(options.engine.model).name,
             prompt=prompt,
             concurrency=options.concurrency,
             examples=options.examples,
-            settings=options.engine.settings() | shared,
+            settings=_settings(options, options.engine, "trajectories.jsonl"),
             command=command,
             progress=options.progress,
         )
@@ -107,7 +107,13 @@ def run_eval(options: EvalOptions, command: str = "threadweaver eval", engine: E
         grader.close()
 
 
-def _baseline(options: EvalOptions, engine: Engine, tokenizer: object, shared: dict[str, object]) -> Baseline | None:
+def _settings(options: EvalOptions, engine: EngineOptions, file: str) -> dict[str, Any]:
+    """What the trajectories of a file in the output folder depend on."""
+    shared = {"instruction": options.instruction, "raw": options.raw, "think": options.think, "data": options.dataset}
+    return with_content(engine.settings() | shared, options.path or options.dataset, options.out / file)
+
+
+def _baseline(options: EvalOptions, engine: Engine, tokenizer: object) -> Baseline | None:
     if options.baseline is None:
         return None
     if options.baseline.endswith(".jsonl"):
@@ -115,7 +121,8 @@ def _baseline(options: EvalOptions, engine: Engine, tokenizer: object, shared: d
     flat = replace(options.engine, max_depth=0)
     if options.baseline == "sequential":
         decoder = make_decoder(flat, tokenizer, engine)
-        return Baseline(decoder, name=f"{Path(flat.model).name}, sequential", settings=flat.settings() | shared)
+        name = f"{Path(flat.model).name}, sequential"
+        return Baseline(decoder, name=name, settings=_settings(options, flat, "baseline.jsonl"))
     if flat.base_url:
         raise ValueError(
             "baseline must be 'sequential' or a trajectories.jsonl when base_url is given: the servers hold one model; "
@@ -126,7 +133,7 @@ def _baseline(options: EvalOptions, engine: Engine, tokenizer: object, shared: d
     return Baseline(
         make_decoder(flat, other),
         name=f"{Path(flat.model).name}, sequential",
-        settings=flat.settings() | shared,
+        settings=_settings(options, flat, "baseline.jsonl"),
         tokenizer=other,
     )
 
@@ -142,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
     print((result.out / "table.md").read_text(encoding="utf-8"))
     print(result.run)
     print(f"report: {result.out / 'report.html'}")
-    lost = sum(sample.status in ("error", "cancelled") for sample in [*result.samples, *result.baseline])
+    lost = sum(sample.status in LOST for sample in [*result.samples, *result.baseline])
     ungraded = sum(sample.grade == "error" for sample in [*result.samples, *result.baseline])
     if lost or ungraded:
         print(

@@ -12,7 +12,6 @@ Tests: tests/recipes/grpo/test_pgrpo_command.py.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from datasets import Dataset
 from trl import ModelConfig, TrlParser
@@ -22,8 +21,8 @@ from tw_core.errors import ThreadWeaverError
 from tw_recipes.evaluation.grading import ExactGrader, Grader, GraderPool
 from tw_recipes.grpo.pgrpo_config import PGRPOConfig
 from tw_recipes.grpo.pgrpo_trainer import PGRPOTrainer
-from tw_recipes.model_files import load_with_tags, model_options, placement, save_trained
-from tw_recipes.sft.command import load_split
+from tw_recipes.model_files import load_with_tags, model_options, placement, resume_point, save_trained
+from tw_recipes.sft.command import ask, load_split
 from tw_recipes.tasks import get_task
 
 
@@ -81,22 +80,10 @@ def load_prompts(script: GRPOScriptArguments, split: str, seed: int) -> Dataset:
             f"{script.dataset_name} has no column {script.prompt_column!r}, its columns are {data.column_names}; set "
             "prompt_column"
         )
-
-    def prompt(place: int, asked: Any) -> Any:
-        if not asked:
-            raise ValueError(
-                f"{script.dataset_name}, row {place}: {script.prompt_column!r} must be text or messages, "
-                f"got {asked!r}; drop the row"
-            )
-        if not isinstance(asked, str):
-            return asked
-        text = asked + script.instruction
-        return [{"role": "user", "content": text}] if script.chat else text
-
     # The prompt may change its type, so the old column goes first.
     others = data.remove_columns([name for name in data.column_names if name in ("prompt", script.prompt_column)])
     rows = data.select_columns([script.prompt_column])
-    prompts = [prompt(place, row[script.prompt_column]) for place, row in enumerate(rows, 1)]
+    prompts = [ask(script, row, number, script.prompt_column) for number, row in enumerate(rows, 1)]
     return others.add_column("prompt", prompts) if others.column_names else Dataset.from_dict({"prompt": prompts})
 
 
@@ -118,6 +105,7 @@ def run_grpo(script: GRPOScriptArguments, args: PGRPOConfig, model_args: ModelCo
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("model_name_or_path is missing; name a model that `threadweaver sft` or `quickstart` wrote")
+    checkpoint = resume_point(args)
     train = load_prompts(script, script.dataset_train_split, args.seed)
     test = script.dataset_test_split
     options = model_options(model_args, args.trust_remote_code)
@@ -133,7 +121,7 @@ def run_grpo(script: GRPOScriptArguments, args: PGRPOConfig, model_args: ModelCo
             peft_config=get_peft_config(model_args),
             grader=grader,
         )
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         grader.close()
     save_trained(trainer, name, options, merge_adapter=script.merge_adapter)

@@ -104,6 +104,11 @@ class PGRPOTrainer(TrieGRPOTrainer):
         if self.judge is not None:
             reward_funcs = default_rewards(args, self.judge)
             _require_column(train_dataset, args.answer_column)
+        if processing_class.chat_template is None and is_conversational(next(iter(train_dataset), {})):
+            raise ValueError(
+                "prompts of messages need a tokenizer with a chat template, got one without; set the tokenizer's "
+                "chat_template, or give prompts as text (the command: --chat false)"
+            )
         listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(
             model,

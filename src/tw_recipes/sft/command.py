@@ -9,9 +9,10 @@ may be mixed, flags win.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -19,9 +20,10 @@ from trl import ModelConfig, TrlParser
 from trl.trainer.utils import get_peft_config
 
 from tw_core.errors import ThreadWeaverError
-from tw_recipes.data import RowReadError, iter_rows
-from tw_recipes.model_files import load_with_tags, model_options, placement, save_trained
+from tw_recipes.data import RowReadError, iter_rows, require_local
+from tw_recipes.model_files import load_with_tags, model_options, placement, resume_point, save_trained
 from tw_recipes.sft.config import TrieSFTConfig
+from tw_recipes.sft.rows import row_format
 from tw_recipes.sft.trainer import TrieSFTTrainer
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -38,6 +40,8 @@ class SFTScriptArguments:
         default=None, metadata={"help": "Evaluation data; default: the same data set."}
     )
     dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; default: none."})
+    chat: bool = field(default=False, metadata={"help": "Put a text prompt into the chat template, as the user's."})
+    instruction: str = field(default="", metadata={"help": "Appended to each text prompt."})
     merge_adapter: bool = field(
         default=True,
         metadata={"help": "With LoRA, also save the merged model (the adapter goes to OUTPUT_DIR/adapter)."},
@@ -78,7 +82,47 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
                 )
             return loaded[split]
         return loaded
+    require_local("dataset_name", name)
     return load_dataset(name, config, split=split)
+
+
+def ask(script: Any, row: Mapping[str, Any], number: int, column: str = "prompt") -> Any:
+    """What a row asks: its messages, or its text with `script.instruction`, as a user's turn if `script.chat`.
+
+    Raises:
+        ValueError: It asks nothing; `number` says which row it is.
+    """
+    asked = row[column]
+    if not asked:
+        raise ValueError(
+            f"{script.dataset_name}, row {number}: {column!r} must be text or messages, got {asked!r}; drop the row"
+        )
+    if not isinstance(asked, str):
+        return asked
+    text = asked + script.instruction
+    return [{"role": "user", "content": text}] if script.chat else text
+
+
+def with_instruction(data: Dataset, script: SFTScriptArguments) -> Dataset:
+    """Rows of prompt and text with what `chat` and `instruction` ask for; with `chat` they become messages.
+
+    Raises:
+        ValueError: The rows have another form, or no prompt.
+    """
+    if not (script.chat or script.instruction):
+        return data
+    if row_format(data.column_names) != "text":
+        raise ValueError(
+            f"chat and instruction need the columns prompt and text, got {data.column_names}; leave them out"
+        )
+
+    def asked(row: Mapping[str, Any], place: int) -> dict[str, Any]:
+        prompt = ask(script, row, place + 1)
+        if not script.chat:
+            return {"prompt": prompt}
+        return {"messages": [*prompt, {"role": "assistant", "content": row["text"]}]}
+
+    return data.map(asked, with_indices=True, remove_columns=["prompt", "text"] if script.chat else None)
 
 
 def _fault(path: Path, error: Exception) -> str:
@@ -101,18 +145,25 @@ def run_sft(script: SFTScriptArguments, args: TrieSFTConfig, model_args: ModelCo
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("model_name_or_path is missing; name a model or a path")
+    checkpoint = resume_point(args)
     train = load_split(script.dataset_name, script.dataset_train_split, script.dataset_config)
     held_out = None
     if script.eval_dataset_name is not None or script.dataset_test_split is not None:
         source = script.eval_dataset_name or script.dataset_name
         held_out = load_split(source, script.dataset_test_split or "train", script.dataset_config)
+        held_out = with_instruction(held_out, replace(script, dataset_name=source))
     options = model_options(model_args, args.trust_remote_code)
     model, tokenizer = load_with_tags(name, options | placement(model_args))
     peft_config = get_peft_config(model_args)
     trainer = TrieSFTTrainer(
-        model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer, peft_config=peft_config
+        model,
+        args,
+        train_dataset=with_instruction(train, script),
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_trained(trainer, name, options, merge_adapter=script.merge_adapter)
     return trainer
 

@@ -1,6 +1,7 @@
 """`TrieSFTConfig`: TRL's SFTConfig plus what a packed trie needs; options that would break exactness are refused."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl import SFTConfig
 
@@ -48,6 +49,12 @@ class TrieSFTConfig(SFTConfig):
         ):
             if getattr(self, name):
                 raise ValueError(f"{name} must be off in TrieSFTConfig, got {getattr(self, name)!r}: {instead}")
+        template = self.chat_template_path
+        if template is not None and not (template.endswith((".jinja", ".j2")) and Path(template).is_file()):
+            raise ValueError(
+                f"chat_template_path must be a .jinja or .j2 file that exists, got {template!r}: the tokens of a "
+                "model's template would be added once the data is packed; write the template into a file"
+            )
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         parallelism = self.parallelism_config

@@ -119,10 +119,17 @@ def prepare_dataset(
         )
     if "subtree_end" in dataset.column_names:
         return dataset, statistics_of(dataset, max_tokens)
-    if row_format(dataset.column_names) in ("text", "messages"):
+    kind = row_format(dataset.column_names)
+    if kind in ("text", "messages"):
         if tokenizer is None:
             raise RowError("tokenizer", "rows of text or messages need a tokenizer; pass processing_class or tokenizer")
         require_tag_tokens(tokenizer)
+        if kind == "messages" and tokenizer.chat_template is None:
+            raise RowError(
+                "chat_template",
+                "rows of messages need a tokenizer with a chat template, got one without; set chat_template_path (or "
+                "tokenizer.chat_template), or give the columns prompt and text",
+            )
     if not len(dataset):
         raise RowError("empty", "the data set has no row; check the file and the split")
     packed = dataset.map(
@@ -170,7 +177,7 @@ def statistics_of(packed: Dataset, max_tokens: int) -> DatasetStatistics:
             problem = json.loads(text)
             found.problems[problem["kind"]] += 1
             if len(found.first_problems) < 5:
-                found.first_problems.append(f"sample {problem['sample']}: {problem['message']}")
+                found.first_problems.append(f"row {problem['sample'] + 1}: {problem['message']}")
     found.tokens = sum(found.trie_lengths)
     found.samples = len(found.trie_lengths)
     return found

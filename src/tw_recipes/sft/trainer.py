@@ -4,6 +4,7 @@ The subclass prepares data sets, calls `install`, trains tag rows beside LoRA, a
 stock SFTTrainer with `TrieCollator` and `install(trainer.model)` gives the same numbers (docs/sft.md).
 """
 
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -69,6 +70,8 @@ class TrieSFTTrainer(SFTTrainer):
         if processing_class is None:
             source = model if isinstance(model, str) else model.config._name_or_path
             processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        if args.chat_template_path is not None:  # TRL reads it later, when the data is packed
+            processing_class.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
         options = {
             "max_tokens": args.max_length,
             "pack_samples": args.pack_samples,

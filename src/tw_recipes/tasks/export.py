@@ -36,8 +36,8 @@ def export(
     Args:
         name: The task: products, multiply or adaptive.
         out: Folder of the files. Default: data/NAME.
-        train: Rows of train.
-        validation: Rows of validation, none of which is in train, whatever the seed.
+        train: Rows of train; 0 leaves the file out.
+        validation: Rows of validation, none of which is in train, whatever the seed; 0 leaves the file out.
         style: Of the solutions, sequential or forkjoin.
         format: Of the files.
         plain: Ordinary notation for the tokenizer of a real model; otherwise the labelled digits that the task's own
@@ -46,18 +46,25 @@ def export(
         seed: Of the problems.
 
     Returns:
-        "train" and "validation", with their files.
+        "train" and "validation", those that were asked for, with their files.
 
     Raises:
         KeyError: No such task.
-        ValueError: `nested` with another task, or a number of rows below 1.
+        ValueError: `nested` with another task, or impossible numbers of rows.
     """
     if nested and name in TASKS and not hasattr(TASKS[name], "nested"):
         raise ValueError(f"nested=True needs the task multiply, got {name!r}: its solutions have one block")
+    if min(train, validation) < 0 or not train + validation:
+        raise ValueError(
+            f"train and validation must be at least 0, and one of them more, got {train} and {validation}; 0 leaves a "
+            "file out"
+        )
     task = get_task(name, **({"nested": True} if nested else {}))
     folder = out if out is not None else Path("data") / name
     files = {}
     for file, split, count in (("train", "train", train), ("validation", "test", validation)):
+        if not count:
+            continue
         rows = task.rows(count, seed=seed, split=split, style=style, plain=plain)  # type: ignore[arg-type]
         path = folder / f"{file}.{format}"
         if format == "parquet":

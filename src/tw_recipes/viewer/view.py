@@ -18,7 +18,7 @@ import tyro
 
 from tw_core import TagIds
 from tw_core.errors import ThreadWeaverError
-from tw_recipes.data import BadRow
+from tw_recipes.data import BadRow, require_local
 from tw_recipes.viewer.drawing import draw_trie
 from tw_recipes.viewer.entries import Entry, read_entries, trajectory_files
 from tw_recipes.viewer.html import page, trajectory_html
@@ -75,6 +75,7 @@ def load_tokenizer(name: str | None) -> tuple[Any, TagIds | None]:
         return None, None
     from transformers import AutoTokenizer
 
+    require_local("tokenizer", name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     return tokenizer, TagIds.from_tokenizer(tokenizer)
 

@@ -112,7 +112,7 @@ def test_parquet_files_and_data_set_folders_are_read_row_by_row(tmp_path):
     assert list(read_traces(str(tmp_path / "hub"), Columns())) == expected  # as a data set of the Hub, streamed
     bad = list(read_traces(str(tmp_path / "hub"), Columns(answer="x")))
     assert [sample.place for sample in bad] == list(range(5))
-    assert "line 1, column 'x': expected a non-empty string; the row has question" in bad[0].dropped[0].detail
+    assert "row 1, column 'x': expected a non-empty string; the row has question" in bad[0].dropped[0].detail
 
 
 def test_answers_are_graded_as_mathematics_by_default(tmp_path):
@@ -178,7 +178,7 @@ def test_exit_codes(tmp_path, capsys):
     nothing = RuleAnnotator({"blocks": lambda request, answer: {"blocks": []}})
     assert main(words(tmp_path / "none"), llm=nothing) == 1
     assert "no record became a fork/join sample" in capsys.readouterr().err
-    assert main(["missing.jsonl", "--out", str(tmp_path / "x"), "--model", "m"]) == 1
+    assert main(["missing.jsonl", "--out", str(tmp_path / "x"), "--model", "m"], llm=nothing) == 1
     assert "missing.jsonl does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["--no-such-flag"])
@@ -200,6 +200,42 @@ def test_a_dry_run_asks_and_writes_nothing(tmp_path, capsys):
     spent = sum(usage.prompt_tokens for usage in real.usage.values())
     assert 0.5 < sum(row[3] for row in plan.rows) / spent < 2
     assert plan.cost == pytest.approx(sum(2e-6 * row[3] + 1e-5 * row[4] for row in plan.rows))
+
+
+def test_a_dry_run_on_other_columns_names_them(tmp_path, capsys):
+    """It planned 0 traces at no cost, with exit status 0."""
+    assert main(words(tmp_path, "--dry-run", "--columns.question", "problem")) == 1
+    said = capsys.readouterr().err
+    assert "must hold traces, got 6 rows and none that can be read" in said
+    assert "line 1, column 'problem': expected the columns problem, reasoning, answer, ground_truth, got " in said
+    (tmp_path / "empty.jsonl").write_text("")
+    assert main([str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "o"), "--model", "m", "--dry-run"]) == 1
+    assert "empty.jsonl must hold traces, got no row" in capsys.readouterr().err
+
+
+def test_nothing_is_asked_of_a_service_without_its_key(tmp_path, capsys, monkeypatch):
+    """OpenAI was called with the key "none"."""
+    monkeypatch.delenv("MY_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    assert main(words(tmp_path, "--api-key-env", "MY_KEY")) == 1
+    said = capsys.readouterr().err
+    assert "the environment variable MY_KEY must hold the key of OpenAI, which is asked without base_url" in said
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
+    EndpointOptions("m", api_key_env="MY_KEY").llm()
+
+
+def test_a_job_on_changed_traces_is_not_gone_on_with(tmp_path, capsys):
+    source = trace_file(tmp_path / "traces.jsonl", 6)
+    assert main(words(tmp_path), llm=RuleAnnotator()) == 0
+    text = source.read_text()
+    source.write_text(text.replace("1", "2", 1))  # the number of bytes stays
+    assert main(words(tmp_path), llm=RuleAnnotator()) == 1
+    assert "was made with sha256=" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "out" / "settings.json").read_text())
+    del kept["sha256"]  # as before contents were compared
+    (tmp_path / "out" / "settings.json").write_text(json.dumps(kept))
+    assert main(words(tmp_path), llm=RuleAnnotator()) == 0
 
 
 def test_options_that_cannot_be_are_refused():

@@ -48,7 +48,7 @@ def test_local_files(tmp_path):
     path.write_text('{"id": "p", "q": "2+2?", "a": 4}\n{"id": "r", "q": "1?", "a": "1"}\n')
     problems = load_problems(str(path), question_column="q", answer_column="a")
     assert [tuple(p) for p in problems] == [("p", "2+2?", "4"), ("r", "1?", "1")]
-    with pytest.raises(BenchmarkError, match=r"row 0: column 'answer' is missing or null, the row has id, q, a"):
+    with pytest.raises(BenchmarkError, match=r"row 1: column 'answer' is missing or null, the row has id, q, a"):
         load_problems(str(path), question_column="q")
     for limit in (0, -1):  # -1 left out the last problem
         with pytest.raises(BenchmarkError, match=f"limit must be at least 1, got {limit}"):
@@ -66,5 +66,5 @@ def test_bad_rows_are_named(tmp_path, row, message):
     path = tmp_path / "bad.jsonl"
     good = {"id": "a", "question": "Q", "answer": "1"}
     path.write_text(json.dumps(good) + "\n" + json.dumps(good | {"id": "b"} | row) + "\n")
-    with pytest.raises(BenchmarkError, match=f"row 1: column.*{message}|row 1: {message}"):
+    with pytest.raises(BenchmarkError, match=f"row 2: column.*{message}|row 2: {message}"):
         load_problems(str(path))

@@ -82,6 +82,28 @@ def test_errors_end_with_status_one(job, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_chats_without_a_template_are_refused_before_training(job, capsys):
+    """It showed at the first step."""
+    plain = AutoTokenizer.from_pretrained(job / "model")
+    plain.chat_template = None
+    plain.save_pretrained(job / "model")
+    (job / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    flags = ["--config", str(job / "job.yaml"), *QUICK]
+    assert main([*flags, "--chat", "true"]) == 1
+    said = capsys.readouterr().err
+    assert "prompts of messages need a tokenizer with a chat template, got one without; set the tokenizer" in said
+    assert not list((job / "out").glob("rollouts"))
+
+
+def test_training_goes_on_from_the_last_checkpoint(job):
+    flags = ["--config", str(job / "job.yaml"), "--disable_tqdm", "true", "--save_steps", "1"]
+    assert main([*flags, "--max_steps", "1"]) == 0
+    first = (job / "out" / "rollouts" / "step-000000.jsonl").stat().st_mtime_ns
+    assert main([*flags, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    assert (job / "out" / "checkpoint-2").is_dir()
+    assert (job / "out" / "rollouts" / "step-000000.jsonl").stat().st_mtime_ns == first
+
+
 def test_prompts_become_chats_with_the_instruction(job):
     script = GRPOScriptArguments(
         dataset_name=str(job / "problems.jsonl"), prompt_column="question", chat=True, instruction=" Think."

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from tests.support.sft import byte_tokenizer, trajectories, trie_trainer
 from tests.support.text import FORK_ROWS
 from tw_recipes.cli import main as threadweaver
 from tw_recipes.model_files import save_trained
-from tw_recipes.sft.command import SFTScriptArguments, load_split, main
+from tw_recipes.sft.command import SFTScriptArguments, load_split, main, with_instruction
 from tw_recipes.sft.config import TrieSFTConfig
 from tw_recipes.tokens import require_tag_tokens
 
@@ -114,11 +115,68 @@ def test_errors_end_with_status_one(job, capsys):
         (["--dataset_name", "nowhere.jsonl"], "does not exist"),
         (["--dataset_name", str(job / "broken.jsonl")], "broken.jsonl, line 2: expected one JSON object"),
         (["--dataset_name", str(job / "none.jsonl")], "cannot be read: it has no row; repair it"),
+        (["--model_name_or_path", str(job / "bsae")], "model_name_or_path must be a local folder or a name on the Hub"),
+        (["--dataset_name", "./dta"], "dataset_name must be a local folder or a name on the Hub, got './dta'"),
+        (["--resume_from_checkpoint", "true"], "resume_from_checkpoint=True needs a checkpoint in output_dir"),
+        (["--resume_from_checkpoint", "last"], "resume_from_checkpoint must be the folder of a checkpoint, or true"),
+        (["--chat_template_path", str(job / "base")], "chat_template_path must be a .jinja or .j2 file"),
         (["--max_length", "0"], "max_tokens must be an int >= 1"),
         (["--packing", "true"], "packing must be off in TrieSFTConfig"),
     ):
         assert main(["--config", str(job / "job.yaml"), *flags]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_chats_without_a_template_are_refused_before_training(job, capsys):
+    """Each row was called bad, and `drop_invalid` recommended."""
+    tokenizer = byte_tokenizer()
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(job / "base")
+    (job / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    flags = ["--config", str(job / "job.yaml"), "--chat", "true"]
+    assert main(flags) == 1
+    said = capsys.readouterr().err
+    assert "rows of messages need a tokenizer with a chat template, got one without; set chat_template_path" in said
+    (job / "chat.jinja").write_text(template)
+    assert main([*flags, "--chat_template_path", str(job / "chat.jinja")]) == 0
+    assert AutoTokenizer.from_pretrained(job / "out").chat_template == template
+
+
+@pytest.mark.parametrize("place", ["true", "True", "checkpoint-2"])
+def test_training_goes_on_from_the_last_checkpoint_or_a_named_one(job, place):
+    """`--resume_from_checkpoint true` looked for a folder of that name, once the model was loaded."""
+    flags = ["--config", str(job / "job.yaml"), "--save_strategy", "steps", "--save_steps", "1"]
+    assert main(flags) == 0
+    before = (job / "out" / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns
+    point = place if place.lower() == "true" else str(job / "out" / place)
+    assert main([*flags, "--max_steps", "3", "--resume_from_checkpoint", point]) == 0
+    assert (job / "out" / "checkpoint-3").is_dir()
+    assert (job / "out" / "checkpoint-1" / "trainer_state.json").stat().st_mtime_ns == before
+
+
+def test_a_prompt_goes_through_the_chat_template_on_request(job):
+    data = load_split(str(job / "data.jsonl"), "train")
+    script = SFTScriptArguments(dataset_name="unused", chat=True, instruction=" Think.")
+    chats = with_instruction(data, script)
+    assert chats.column_names == ["messages"]
+    asked, answered = chats[0]["messages"]
+    assert asked == {"role": "user", "content": FORK_ROWS[0]["prompt"] + " Think."}
+    assert answered == {"role": "assistant", "content": FORK_ROWS[0]["text"]}
+    plain = with_instruction(data, replace(script, chat=False))
+    assert plain[0] == FORK_ROWS[0] | {"prompt": FORK_ROWS[0]["prompt"] + " Think."}
+    dialogue = Dataset.from_list([{"prompt": [asked], "text": "a"}])
+    assert with_instruction(dialogue, script)[0]["messages"] == [asked, {"role": "assistant", "content": "a"}]
+    assert with_instruction(data, SFTScriptArguments(dataset_name="unused")) is data
+    with pytest.raises(ValueError, match=r"chat and instruction need the columns prompt and text, got \['messages'\]"):
+        with_instruction(chats, script)
+    holes = Dataset.from_list([{"prompt": "q", "text": "a"}, {"prompt": None, "text": "a"}])
+    with pytest.raises(ValueError, match=r"unused, row 2: 'prompt' must be text or messages, got None; drop the row"):
+        with_instruction(holes, script)
+
+
+def test_the_command_trains_on_chats(job, capsys):
+    assert main(["--config", str(job / "job.yaml"), "--chat", "true", "--instruction", " Think."]) == 0
+    assert "6 of 6 samples used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["qwen3_8b_8gpus.yaml", "qwen3_8b_lora_1gpu.yaml"])

@@ -128,7 +128,7 @@ def _loaded(file):
 
 def test_problems_stop_or_are_counted_by_kind(tokenizer):
     rows = Dataset.from_list([MALFORMED_ROW, *FORK_ROWS, MALFORMED_ROW])
-    with pytest.raises(RowError, match=r"2 of 8 samples cannot be trained on \(.*\); sample 0: .*drop_invalid=True"):
+    with pytest.raises(RowError, match=r"2 of 8 samples cannot be trained on \(.*\); row 1: .*drop_invalid=True"):
         prepare_dataset(rows, tokenizer, max_tokens=2000)
     packed, statistics = prepare_dataset(rows, tokenizer, max_tokens=2000, drop_invalid=True, batch_size=1)
     assert sum(statistics.problems.values()) == 2

@@ -46,5 +46,15 @@ def test_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "task must be one of products, multiply, adaptive, got 'sums'" in capsys.readouterr().err
     assert cli.main(["tasks", "products", "--nested"]) == 1
     assert "nested=True needs the task multiply, got 'products'" in capsys.readouterr().err
-    assert cli.main(["tasks", "products", "--train", "0", "--out", str(tmp_path)]) == 1
-    assert "count must be at least 1, got 0" in capsys.readouterr().err
+    for train, validation in ((0, 0), (5, -1)):
+        sizes = ["--train", str(train), "--validation", str(validation)]
+        assert cli.main(["tasks", "products", *sizes, "--out", str(tmp_path / "none")]) == 1
+        problem = f"train and validation must be at least 0, and one of them more, got {train} and {validation}"
+        assert problem in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_no_rows_of_one_file_leave_it_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["tasks", "products", "--train", "0", "--validation", "3", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "validation.jsonl")]
+    assert [path.name for path in tmp_path.iterdir()] == ["validation.jsonl"]
