@@ -39,7 +39,7 @@ MUTANTS = [
     Mutant("wrong window edge", "tiles.py", "(q_depths - k_depths < window)", "(q_depths - k_depths <= window)"),
     Mutant("missing GQA group", "backward.py", "head = kv_head * GROUP + t % GROUP", "head = kv_head * GROUP"),
     Mutant("stale lse", "forward.py", "lse = (row_max + tl.log2(row_sum)) * LN_2", "lse = row_max * LN_2"),
-    Mutant("stale plan", "plan.py", "x.stride(), x.dtype, x._version)", "x.stride(), x.dtype)"),
+    Mutant("stale plan", "memo.py", "x.stride(), x.dtype, x._version)", "x.stride(), x.dtype)"),
     Mutant("missing delta", "backward.py", "ds = p * (dp - delta[None, :])", "ds = p * dp"),
     Mutant("last rows unmasked", "tiles.py", "mask=rows < n_rows, other=0)", "mask=rows < n_rows - 1, other=0)"),
     Mutant("sink without its gradient", "backward.py", "-(sink_p * delta).sum(1)", "(sink_p * delta).sum(1)"),

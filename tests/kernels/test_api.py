@@ -128,6 +128,14 @@ def test_defaults_mean_what_they_say() -> None:
         assert torch.equal(windowed, trie_attention(q, k, v, TRIE.subtree_end, position_ids=positions, window=5))
 
 
+def test_a_named_impl_says_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv()
+    monkeypatch.setitem(IMPLS, "hopper", IMPLS["hopper"]._replace(why_unavailable=lambda: "there is no CUDA device"))
+    match = r"impl='hopper' cannot run this call: q must be on a CUDA device, got cpu; there is no CUDA device; or use"
+    with pytest.raises(ValueError, match=match):
+        trie_attention(q, k, v, TRIE.subtree_end, impl="hopper")
+
+
 def test_window_counts_depth_and_not_rows() -> None:
     """Siblings between a row and its parent must not use up the window."""
     q, k, v = qkv()

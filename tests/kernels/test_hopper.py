@@ -48,6 +48,7 @@ from tests.support.tolerances import (
     run_impl,
 )
 from tw_kernels import AttentionCall, choose_impl, make_plan, trie_attention
+from tw_kernels.trie_attention import backward as portable
 from tw_kernels.trie_attention.hopper import backward, launch, support
 
 # ---------------------------------------------------------------------------------------------------- emulated, CPU
@@ -127,6 +128,26 @@ def test_layouts_that_tma_can_and_cannot_describe(emulated: None) -> None:
     compare(ones, q, k, v, end, torch.ones((), dtype=q.dtype).expand(q.shape), deterministic=False)
 
 
+@pytest.mark.parametrize(("shape", "strides", "takes"), [
+    ((9, 2, 64), (128, 64, 1), True),
+    ((9, 2, 64), (64, 576, 1), True),  # heads first
+    ((9, 2, 64), (132, 64, 1), False),  # 264 bytes
+    ((9, 2, 64), (64, 0, 1), False),  # one head expanded
+    ((9, 2, 64), (0, 64, 1), False),  # one row expanded
+    ((9, 2, 64), (0, 0, 0), False),
+    ((9, 1, 64), (64, 0, 1), True),  # a dimension of one entry has no step
+    ((1, 2, 64), (3, 64, 1), True),
+])  # fmt: skip
+def test_what_tma_can_address(shape: tuple[int, ...], strides: tuple[int, ...], takes: bool) -> None:
+    """One rule for both backwards: a step of 0 went to TMA in the portable one, and was copied in the other."""
+    x = torch.zeros(4096, dtype=torch.float16).as_strided(shape, strides)
+    assert portable.tma_addressable(x) == takes
+    assert (launch.describable(x) is x) == takes
+    packed = shape[1] == 1 or strides[1] == shape[2]
+    assert portable._describable(x) == (takes and packed and shape[0] > 1)
+    assert not portable.tma_addressable(torch.zeros(4096, dtype=torch.float16)[1:].as_strided(shape, strides, 1))
+
+
 def test_every_block_of_every_head_has_one_program() -> None:
     """The longest of all heads first, then heads from left to right, the last head by length."""
     emulator = Emulator(backward._dkv_kernel)
@@ -175,10 +196,10 @@ def gpu_call(**changes: Any) -> Any:
 @pytest.fixture
 def on_sm_90(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "_chip_reason", lambda device: None)
-    support._compile_reason.cache_clear()
+    support._compile_reasons.clear()
     support._warn_once.cache_clear()
     yield
-    support._compile_reason.cache_clear()
+    support._compile_reasons.clear()
     support._warn_once.cache_clear()
 
 
@@ -211,12 +232,12 @@ DIMS_RULE = "(D, Dv) must be one of (64, 64), (128, 128), (192, 128), (256, 256)
 def test_what_the_kernels_take(
     changes: dict[str, Any], reason: str | None, on_sm_90: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "try_one_row", lambda *shape: None)
+    monkeypatch.setattr(launch, "try_one_row", lambda *asked: None)
     assert support.why_unsupported(gpu_call(**changes)) == reason
 
 
 def test_a_triton_that_does_not_compile_them_warns_once(on_sm_90: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*shape: Any) -> None:
+    def fail(*asked: Any) -> None:
         raise RuntimeError("async_load\n has been removed")
 
     monkeypatch.setattr(launch, "try_one_row", fail)
@@ -234,7 +255,7 @@ def test_a_triton_that_does_not_compile_them_warns_once(on_sm_90: None, monkeypa
 def test_a_backward_is_tried_when_a_call_first_asks_for_it(on_sm_90: None, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def fail_one(dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> None:
+    def fail_one(_: torch.device, dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> None:
         tried.append((dim, value_dim, deterministic))
         if deterministic:
             raise RuntimeError("too many registers")
@@ -250,24 +271,32 @@ def test_a_backward_is_tried_when_a_call_first_asks_for_it(on_sm_90: None, monke
     assert tried == [(128, 128, False), (128, 128, True)]
 
 
+DEVICE = torch.device("cuda", 1)
+
+
 class Probe:
     """try_one_row on a CPU: its kernels note who launches them, on which stream and thread; `failing` ones raise."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: str = "") -> None:
         self.launched: set[tuple[str, Any]] = set()
         self.threads: set[int] = set()
+        self.devices: set[Any] = set()
         self.stream = threading.local()
         choices = {"_forward_kernel": "KEYS", "_dkv_kernel": "WITH_DQ", "_wide_dkv_kernel": "WITH_DK"}
-        for name in [*choices, "before_kernel", "after_kernel", "_dq_kernel"]:
+        for name in [*choices, "before_kernel", "after_kernel"]:
             run = functools.partial(self.run, name, choices.get(name, "D"), name == failing)
             monkeypatch.setattr(launch, name, defaultdict(lambda run=run: run))
         for make in (torch.zeros, torch.ones):
-            on_cpu = functools.partial(lambda make, *sizes, device=None, **rest: make(*sizes, **rest), make)
-            monkeypatch.setattr(torch, make.__name__, on_cpu)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+            monkeypatch.setattr(torch, make.__name__, functools.partial(self.on_cpu, make))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.devices.add(device) or "the caller's")
         monkeypatch.setattr(torch.cuda, "stream", self.on_stream)
         monkeypatch.setattr(launch, "_multiprocessors", lambda device: 132)
         monkeypatch.setattr(launch, "triton", MagicMock())  # whose driver wants a GPU
+
+    def on_cpu(self, make: Any, *sizes: Any, device: Any = None, **rest: Any) -> Tensor:
+        if device is not None:  # launchers allocate on the device of what the probe made
+            self.devices.add(device)
+        return make(*sizes, **rest)
 
     def run(self, name: str, choice: str, fails: bool, *args: Any, **constants: Any) -> None:
         assert self.stream.current == "the caller's"
@@ -295,10 +324,60 @@ def test_the_probe_compiles_what_the_call_needs_and_no_more(
     dims: tuple[int, int], deterministic: bool, backward_kernels: set[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = Probe(monkeypatch)
-    launch.try_one_row(*dims, torch.bfloat16, deterministic)
+    launch.try_one_row(DEVICE, *dims, torch.bfloat16, deterministic)
     keys = launch.FORWARD_TILES[dims]["KEYS"]
     assert probe.launched == {("_forward_kernel", keys), ("before_kernel", dims[1])} | backward_kernels
     assert threading.get_ident() not in probe.threads
+
+
+def test_the_probe_asks_the_device_of_q(on_sm_90: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ran on the current device, and one answer served all."""
+    probe, asked = Probe(monkeypatch), []
+    launch.try_one_row(DEVICE, 128, 128, torch.bfloat16, False)
+    assert probe.devices - {torch.device("cpu")} == {DEVICE}
+    monkeypatch.setattr(launch, "try_one_row", lambda device, *_: asked.append(device))
+    for index in (1, 0, 1):
+        x = SimpleNamespace(device=torch.device("cuda", index), dtype=torch.bfloat16, shape=(9, 2, 128))
+        assert support.why_unsupported(gpu_call(q=x, v=x)) is None
+    assert asked == [torch.device("cuda", 1), torch.device("cuda", 0)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("Triton Error [CUDA]: out of memory")],
+    ids=type,
+)
+def test_a_probe_without_memory_is_tried_again(
+    error: Exception, on_sm_90: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for a Triton that cannot compile the kernels, for the rest of the process."""
+
+    def fail(*asked: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(launch, "try_one_row", fail)
+    with pytest.raises(type(error), match="out of memory"):
+        support.why_unsupported(gpu_call())
+    monkeypatch.setattr(launch, "try_one_row", lambda *asked: None)
+    assert support.why_unsupported(gpu_call()) is None
+
+
+def test_threads_that_ask_at_once_are_answered_by_one_probe(on_sm_90: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, start = [], threading.Barrier(3, timeout=10)
+
+    def slow(*shape: Any) -> None:
+        asked.append(shape)
+        time.sleep(0.2)
+
+    def ask() -> str | None:
+        start.wait()
+        return support.why_unsupported(gpu_call())
+
+    monkeypatch.setattr(launch, "try_one_row", slow)
+    with ThreadPoolExecutor(3) as pool:
+        answers = [future.result() for future in [pool.submit(ask) for _ in range(3)]]
+    assert answers == [None] * 3
+    assert len(asked) == 1
 
 
 def test_the_plan_of_one_row() -> None:
@@ -321,7 +400,7 @@ def test_the_probe_compiles_side_by_side(monkeypatch: pytest.MonkeyPatch) -> Non
             run(name, choice, False, *args, **constants)
 
         monkeypatch.setattr(launch, name, defaultdict(lambda meet=meet: meet))
-    launch.try_one_row(64, 64, torch.float16, False)
+    launch.try_one_row(DEVICE, 64, 64, torch.float16, False)
     assert len(probe.threads) == 4
 
 
@@ -330,7 +409,7 @@ def test_the_probe_runs_on_a_worker_thread_in_inference_mode(monkeypatch: pytest
 
     def serve() -> None:
         with torch.inference_mode():
-            launch.try_one_row(128, 128, torch.bfloat16, False)
+            launch.try_one_row(DEVICE, 128, 128, torch.bfloat16, False)
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(serve).result()
@@ -357,7 +436,10 @@ def test_other_chips_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_a_cpu_the_call_says_so() -> None:
     problem = make_problem(EMULATED[0], torch.float16)
-    with pytest.raises(ValueError, match="impl='hopper' cannot run this call: q must be on a CUDA device, got cpu"):
+    match = "impl='hopper' cannot run this call: q must be on a CUDA device, got cpu"
+    if not torch.cuda.is_available():
+        match += "; no CUDA device was found; the Hopper kernels need one of compute capability 9.0; or use"
+    with pytest.raises(ValueError, match=match):
         trie_attention(problem.q, problem.k, problem.v, EMULATED[0].trie.subtree_end, impl="hopper")
 
 
@@ -365,7 +447,7 @@ def test_torch_compile_takes_the_reasons_as_constants(on_sm_90: None, monkeypatc
     """Asked while torch.compile traces, with symbolic shapes, the probe still runs on real tensors, once."""
     seen = []
     monkeypatch.setattr(
-        launch, "try_one_row", lambda dim, _, dtype, __: seen.append(type(torch.zeros(dim, dtype=dtype)))
+        launch, "try_one_row", lambda _, dim, __, dtype, ___: seen.append(type(torch.zeros(dim, dtype=dtype)))
     )
     torch._dynamo.reset()
 
@@ -373,7 +455,7 @@ def test_torch_compile_takes_the_reasons_as_constants(on_sm_90: None, monkeypatc
         reason = support.why_other_chip(x.device.index or 0)
         for dim, value_dim in support.HEAD_DIMS:
             if x.shape[2] == dim == value_dim and reason is None:
-                reason = support.why_broken(dim, value_dim, x.dtype, False)
+                reason = support.why_broken(x.device.index or 0, dim, value_dim, x.dtype, False)
                 return x + 1 if reason is None else x
         return x
 

@@ -20,7 +20,7 @@ from tests.support.attention_inputs import (
 )
 from tw_core.errors import ShapeError
 from tw_core.masks import dense_mask
-from tw_kernels.trie_attention import plan as plan_module
+from tw_kernels.trie_attention import memo
 from tw_kernels.trie_attention.plan import BlockPlan, cached_plan, make_plan
 
 # A long branch that ends at each row about the end of a block: the last rows decide whether a tile is full.
@@ -133,6 +133,22 @@ def test_what_is_no_row_of_a_trie_is_refused() -> None:
         make_plan(end, depth=end[:1], window=1)
     with pytest.raises(ValueError, match=r"window must be at least 1 .*, got 0; pass None for none"):
         make_plan(end, window=0)
+    with pytest.raises(ValueError, match=r"subtree_end must be int32 \(or int64\), got torch.float32; take it from"):
+        make_plan(end.float())
+    with pytest.raises(
+        ValueError, match=r"depth must be int32 \(or int64\), got torch.float32; take it from PackedTrie"
+    ):
+        make_plan(end, depth=end.float(), window=1)
+    with pytest.raises(ValueError, match=r"depth must be on the device of subtree_end, cpu, got meta; call PackedTrie"):
+        make_plan(end, depth=end.to("meta"), window=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_both_integer_types_give_one_plan(dtype: torch.dtype) -> None:
+    trie = small_tries()[6]
+    want = make_plan(trie.subtree_end, depth=trie.depth.int(), window=7, block=16)
+    got = make_plan(trie.subtree_end.to(dtype), depth=trie.depth.to(dtype), window=7, block=16)
+    assert torch.equal(got.data, want.data)
 
 
 def test_a_block_of_rows_that_nothing_sees_keeps_its_diagonal() -> None:
@@ -154,7 +170,7 @@ def test_no_rows() -> None:
 
 @pytest.fixture(autouse=True)
 def _empty_cache() -> None:
-    plan_module._plans.clear()
+    memo._values.clear()
 
 
 def fetch(end: torch.Tensor, window: int | None = None) -> BlockPlan:
@@ -208,7 +224,7 @@ def test_inference_tensors_are_planned_each_time() -> None:
 
 
 def test_few_plans_are_kept() -> None:
-    ends = [chain(50 + i).subtree_end for i in range(3 * plan_module.CACHED_PLANS)]
+    ends = [chain(50 + i).subtree_end for i in range(3 * memo.CACHED_VALUES)]
     for end in ends:
         fetch(end)
-    assert len(plan_module._plans) == plan_module.CACHED_PLANS
+    assert len(memo._values) == memo.CACHED_VALUES

@@ -26,9 +26,12 @@ HOPPER = (9, 0)
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TW_TILES", raising=False)
-    read_tuned.cache_clear()
+    caches = (read_tuned, config._triton_version)
+    for cache in caches:
+        cache.cache_clear()
     yield
-    read_tuned.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -76,7 +79,7 @@ def test_tuned_tiles_are_used_where_they_were_measured(tmp_path, monkeypatch: py
     assert pick_config(128, 128, torch.float16, HOPPER, "forward") == known
     assert pick_config(128, 128, torch.bfloat16, (12, 0), "forward") != ours
     assert pick_config(64, 64, torch.bfloat16, HOPPER, "forward") != ours
-    monkeypatch.setattr(config, "version", lambda name: "another")
+    monkeypatch.setattr(config, "_triton_version", lambda: "another")
     assert pick_config(128, 128, torch.bfloat16, HOPPER, "forward") == known
 
 
@@ -88,6 +91,27 @@ def test_a_file_that_is_none_of_ours_is_an_error(text: str | None, tmp_path, mon
     monkeypatch.setenv("TW_TILES", str(path))
     with pytest.raises(ValueError, match=r"TW_TILES must name a file that .*, got .*; write it, or unset TW_TILES"):
         pick_config(64, 64, torch.float16, HOPPER, "forward")
+
+
+def test_the_version_of_triton_is_asked_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(config, "version", lambda name: asked.append(name) or "1")
+    write_tuned(tmp_path / "tiles.json", {})
+    monkeypatch.setenv("TW_TILES", str(tmp_path / "tiles.json"))
+    for kernel in KERNELS:
+        pick_config(64, 64, torch.float16, HOPPER, kernel)
+    assert asked == ["triton"]
+
+
+def test_tuning_starts_from_the_table(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TW_TILES set, the tiles tuned before stood for the table: its own were no candidate any more."""
+    known = candidates("dq", 64, 64, torch.float16, 232_448)
+    path, tuned = tmp_path / "tiles.json", TileConfig(16, 16, 4, 1, head_slowest=False)
+    write_tuned(path, {tuning_key(64, 64, torch.float16, HOPPER, "dq"): tuned})
+    monkeypatch.setenv("TW_TILES", str(path))
+    assert pick_config(64, 64, torch.float16, HOPPER, "dq") == tuned
+    assert candidates("dq", 64, 64, torch.float16, 232_448) == known
+    assert known[0] == config.table_config(64, 64, torch.float16, HOPPER, "dq")
 
 
 def test_tiles_that_do_not_divide_a_block_are_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

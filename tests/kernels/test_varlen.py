@@ -2,6 +2,7 @@
 
 import sys
 import types
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,3 +146,18 @@ def test_varlen_refuses_what_flash_attention_lacks() -> None:
         run_impl(problem, "varlen")
     with pytest.raises(ValueError, match=r"impl='varlen' cannot run this call: softcap must be None"):
         trie_attention(problem.q, problem.k, problem.v, end, softcap=3.0, impl="varlen")
+
+
+def test_varlen_without_a_kernel_refuses_calls_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It failed on import, also under impl="auto"; on a CPU it needs no kernel."""
+    monkeypatch.setattr(varlen, "FLASH_ATTN_INSTALLED", False)
+    monkeypatch.setattr(varlen, "_torch_varlen_options", frozenset)
+    shape = {"dtype": torch.bfloat16, "shape": (9, 2, 64)}
+    for device, why in (
+        ("cuda", "neither flash-attn nor torch.nn.attention.varlen with windows was found"),
+        ("cpu", ""),
+    ):
+        x = SimpleNamespace(device=torch.device(device), **shape)
+        call = SimpleNamespace(q=x, v=x, sinks=None, softcap=None, deterministic=False)
+        assert (varlen.why_unsupported(call) or "").startswith(why)
+        assert (varlen.why_unsupported(call) is None) == (device == "cpu")

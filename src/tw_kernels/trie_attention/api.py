@@ -230,7 +230,9 @@ def _check_impl(name: str, call: AttentionCall) -> None:
     if name not in IMPLS:
         raise ValueError(f"impl must be 'auto' or one of {', '.join(IMPLS)}, got {name!r}")
     if why_not := IMPLS[name].why_unsupported(call):
+        # "q must be on a CUDA device" alone helps nobody on a machine without one.
+        reasons = "; ".join(dict.fromkeys(filter(None, (why_not, IMPLS[name].why_unavailable()))))
         able = [other for other in IMPLS if IMPLS[other].why_unsupported(call) is None]
         raise ValueError(
-            f"impl={name!r} cannot run this call: {why_not}; or use impl='auto' or one of {', '.join(able)}"
+            f"impl={name!r} cannot run this call: {reasons}; or use impl='auto' or one of {', '.join(able)}"
         )

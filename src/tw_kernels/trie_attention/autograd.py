@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from tw_core.errors import ShapeError
 from tw_kernels.trie_attention.backward import launch_backward
 from tw_kernels.trie_attention.call import AttentionCall
-from tw_kernels.trie_attention.config import Pass, TileConfig, pick_config, plan_block
+from tw_kernels.trie_attention.config import config_for, plan_block
 from tw_kernels.trie_attention.forward import launch_forward
 from tw_kernels.trie_attention.plan import BlockPlan, cached_plan, plan_data, plan_size
 
@@ -78,7 +78,7 @@ def _forward_impl(
             scale=scale,
             window=window,
             softcap=softcap,
-            config=_config(q, v, "forward"),
+            config=config_for(q, v, "forward"),
         )
 
 
@@ -131,8 +131,8 @@ def _backward_impl(
             scale=scale,
             window=window,
             softcap=softcap,
-            dq_config=_config(q, v, "dq"),
-            dkv_config=_config(q, v, "dkv"),
+            dq_config=config_for(q, v, "dq"),
+            dkv_config=config_for(q, v, "dkv"),
         )
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
@@ -245,8 +245,3 @@ def _addressable(x: Tensor, block: int) -> Tensor:
     """`x` with a contiguous last dimension and strides whose offsets inside a tile fit 32 bits."""
     fits = max(abs(stride) for stride in x.stride()) * block < 2**31 if x.shape[0] > 1 else True
     return x if x.stride(-1) == 1 and fits else x.contiguous()
-
-
-def _config(q: Tensor, v: Tensor, kernel: Pass) -> TileConfig:
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    return pick_config(q.shape[2], v.shape[2], q.dtype, capability, kernel)

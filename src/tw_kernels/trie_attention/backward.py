@@ -247,37 +247,27 @@ def launch_backward(
         dq_config: Tiles of the pass over queries.
         dkv_config: Tiles of the pass over keys.
     """
-    n, num_heads, head_dim = q.shape
-    kv_heads, value_dim = v.shape[1:]
-    dq = q.new_empty((n, num_heads, head_dim))
-    dk = k.new_empty((n, kv_heads, head_dim))
-    dv = v.new_empty((n, kv_heads, value_dim))
-    delta = q.new_empty((num_heads, n), dtype=torch.float32)
+    n, kv_heads, head_dim = k.shape
     depth = depth if window is not None else None
-    scalars = (n, plan.num_blocks, window or 0, scale, softcap or 1.0)
-    shapes = {
-        "D": head_dim, "DV": value_dim, "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(value_dim),
-        "KV_HEADS": kv_heads, "GROUP": num_heads // kv_heads, "BLOCK": plan.block,
-        "HAS_SOFTCAP": softcap is not None, "PRECISION": matmul_precision(q.dtype),
-    }  # fmt: skip
-    grid = (plan.num_blocks * (plan.block // dq_config.block_m) * num_heads,)
-    _dq_kernel[grid](
-        q, k, v, subtree_end, depth, plan.data, o, grad_o, lse, delta, dq,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), dq.stride(0), dq.stride(1),
-        *scalars, **shapes, **dq_config.options(),
+    dq, delta = launch_dq(
+        q, k, v, subtree_end, depth, plan, o, lse, grad_o,
+        scale=scale, window=window, softcap=softcap, config=dq_config,
     )  # fmt: skip
+    dk = k.new_empty((n, kv_heads, head_dim))
+    dv = v.new_empty((n, kv_heads, v.shape[2]))
     grid = (plan.num_blocks * (plan.block // dkv_config.block_n) * kv_heads,)
     # Through the tensor memory accelerator, which also clips at the last row, where the layout is one it can describe.
     tma = dkv_config.tma and _describable(q) and _describable(grad_o)
     rows = [_describe(x, dkv_config.block_m) if tma else x for x in (q, grad_o)]
+    constants = _constants(q, v, plan, softcap)
     # Wide heads leave no registers for two accumulators: dk and dv then come from a launch each.
     for with_dk, with_dv in ((True, False), (False, True)) if dkv_config.separate else ((True, True),):
         _dkv_kernel[grid](
             rows[0], k, v, subtree_end, depth, plan.data, rows[1], lse, delta, dk, dv,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             grad_o.stride(0), grad_o.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
-            *scalars, **shapes, WITH_DK=with_dk, WITH_DV=with_dv, TMA=tma, **dkv_config.options(),
+            n, plan.num_blocks, window or 0, scale, softcap or 1.0, **constants,
+            WITH_DK=with_dk, WITH_DV=with_dv, TMA=tma, **dkv_config.options(),
         )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, None
@@ -286,11 +276,61 @@ def launch_backward(
     return dq, dk, dv, -(sink_p * delta).sum(1).to(sinks.dtype)
 
 
+def launch_dq(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    depth: Tensor | None,
+    plan: BlockPlan,
+    o: Tensor,
+    lse: Tensor,
+    grad_o: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    config: TileConfig,
+) -> tuple[Tensor, Tensor]:
+    """Allocate and compute dq (N, H, D) and delta (H, N) float32; arguments as in `launch_backward`."""
+    n, num_heads, head_dim = q.shape
+    dq = q.new_empty((n, num_heads, head_dim))
+    delta = q.new_empty((num_heads, n), dtype=torch.float32)
+    _dq_kernel[(plan.num_blocks * (plan.block // config.block_m) * num_heads,)](
+        q, k, v, subtree_end, depth, plan.data, o, grad_o, lse, delta, dq,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), dq.stride(0), dq.stride(1),
+        n, plan.num_blocks, window or 0, scale, softcap or 1.0,
+        **_constants(q, v, plan, softcap), **config.options(),
+    )  # fmt: skip
+    return dq, delta
+
+
+def _constants(q: Tensor, v: Tensor, plan: BlockPlan, softcap: float | None) -> dict[str, int | bool | str]:
+    """The compile-time arguments that both kernels take, the tiles apart."""
+    num_heads, head_dim = q.shape[1:]
+    kv_heads, value_dim = v.shape[1:]
+    return {
+        "D": head_dim, "DV": value_dim, "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(value_dim),
+        "KV_HEADS": kv_heads, "GROUP": num_heads // kv_heads, "BLOCK": plan.block,
+        "HAS_SOFTCAP": softcap is not None, "PRECISION": matmul_precision(q.dtype),
+    }  # fmt: skip
+
+
+def tma_addressable(x: Tensor) -> bool:
+    """Whether TMA can address x (N, H, D): it starts at, and steps by, multiples of 16 bytes; D is contiguous.
+
+    A dimension of one entry has no step. A step of 0, as expanded heads have, is none that the CUDA driver's
+    documentation of tensor maps promises to take.
+    """
+    steps = [stride * x.element_size() for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
+    return x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
 def _describable(x: Tensor) -> bool:
     """Whether x (N, H, D) is rows of H * D contiguous elements that a TMA descriptor can tile."""
     n, num_heads, dim = x.shape
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return aligned and x.stride(2) == 1 and (num_heads == 1 or x.stride(1) == dim) and dim == padded(dim) and n > 1
+    return tma_addressable(x) and (num_heads == 1 or x.stride(1) == dim) and dim == padded(dim) and n > 1
 
 
 def _describe(x: Tensor, block: int) -> TensorDescriptor:

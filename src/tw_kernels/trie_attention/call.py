@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tw_core.errors import ShapeError
 from tw_core.masks import check_forest, depth_from_subtree_end
-from tw_kernels.trie_attention.memo import once_per_tensor
+from tw_kernels.trie_attention.memo import once_per_rows, once_per_tensor
 
 if TYPE_CHECKING:
     from tw_kernels.trie_attention.plan import BlockPlan
@@ -203,7 +203,7 @@ def _check_rows(name: str, rows: Tensor, n: int, device: torch.device) -> Tensor
         raise ValueError(f"{name} must be on the device of q, {device}, got {rows.device}; call PackedTrie.to(device)")
     if rows.dtype == torch.int32 and rows.is_contiguous():
         return rows
-    return once_per_tensor(rows, "int32", lambda alias: alias.to(torch.int32).contiguous())
+    return once_per_rows([rows], "int32", lambda: rows.to(torch.int32).contiguous())
 
 
 def _check_sinks(sinks: Tensor, num_heads: int, device: torch.device) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Pass = Literal["forward", "dq", "dkv"]
 
@@ -112,15 +113,26 @@ def pick_config(
     Raises:
         ValueError: A head dimension is out of range, or TW_TILES names a file that is none of `tune.py`.
     """
+    if capability is not None and (path := os.environ.get("TW_TILES")):
+        tuned = read_tuned(path).get(tuning_key(head_dim, value_dim, dtype, capability, kernel))
+        if tuned is not None:
+            return tuned
+    return table_config(head_dim, value_dim, dtype, capability, kernel)
+
+
+def table_config(
+    head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, kernel: Pass
+) -> TileConfig:
+    """The table's tiles, whatever TW_TILES says; arguments as in `pick_config`.
+
+    Raises:
+        ValueError: A head dimension is out of range.
+    """
     width = max(head_dim, value_dim)
     if not 1 <= width <= 256:
         raise ValueError(f"head dimensions must be at most 256, got D={head_dim} and Dv={value_dim}; split the heads")
     if capability is None:
         return _INTERPRETER
-    if path := os.environ.get("TW_TILES"):
-        tuned = read_tuned(path).get(tuning_key(head_dim, value_dim, dtype, capability, kernel))
-        if tuned is not None:
-            return tuned
     if dtype == torch.float32:
         table = _ANY_32BIT
     elif capability[0] == 9:
@@ -135,7 +147,13 @@ def pick_config(
 def tuning_key(head_dim: int, value_dim: int, dtype: torch.dtype, capability: tuple[int, int], kernel: Pass) -> str:
     """Under which name tuned tiles are kept, for example "sm_90 triton 3.6.0 bfloat16 128x128 forward"."""
     chip = "sm_" + "".join(map(str, capability))
-    return f"{chip} triton {version('triton')} {str(dtype).removeprefix('torch.')} {head_dim}x{value_dim} {kernel}"
+    return f"{chip} triton {_triton_version()} {str(dtype).removeprefix('torch.')} {head_dim}x{value_dim} {kernel}"
+
+
+@cache
+def _triton_version() -> str:
+    """Asked once: it reads the package's metadata, which takes longer than a launch."""
+    return version("triton")
 
 
 @lru_cache(maxsize=4)
@@ -157,6 +175,12 @@ def read_tuned(path: str) -> dict[str, TileConfig]:
         if any(PLAN_BLOCK % size or size < 16 for size in (config.block_m, config.block_n)):
             raise ValueError(f"tiles must divide {PLAN_BLOCK}, got {config} for {key!r} in TW_TILES; tune again")
     return tiles
+
+
+def config_for(q: Tensor, v: Tensor, kernel: Pass) -> TileConfig:
+    """`pick_config` for q (N, H, D) and v (N, Hkv, Dv) on their device; off a GPU, the interpreter's tiles."""
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    return pick_config(q.shape[2], v.shape[2], q.dtype, capability, kernel)
 
 
 def plan_block(device: torch.device) -> int:

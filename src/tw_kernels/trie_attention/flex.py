@@ -67,16 +67,22 @@ def _layout(call: AttentionCall) -> tuple[object, ...]:
 
 
 def _score_mod(call: AttentionCall) -> Callable[..., Tensor] | None:
-    """Softcap and a scale other than flex's own; as tensors, so that their values are not compiled in."""
-    usual = call.scale == call.q.shape[2] ** -0.5
-    if usual and call.softcap is None:
+    """Softcap and a scale other than flex's own, once per packed row; as tensors, so that no value is compiled in."""
+    factor, softcap = call.scale / call.q.shape[2] ** -0.5, call.softcap
+    if factor == 1.0 and softcap is None:
         return None
-    scalar = functools.partial(torch.tensor, dtype=torch.float32, device=call.q.device)
-    rescale = scalar(call.scale / call.q.shape[2] ** -0.5)
-    if call.softcap is None:
-        return lambda score, b, h, i, j: score * rescale
-    cap = scalar(call.softcap)
-    return lambda score, b, h, i, j: cap * torch.tanh(score * rescale / cap)
+
+    def build(alias: Tensor) -> Callable[..., Tensor]:
+        def scalar(value: float) -> Tensor:
+            return torch.full((), value, dtype=torch.float32, device=alias.device)  # without waiting for the device
+
+        rescale = scalar(factor)
+        if softcap is None:
+            return lambda score, b, h, i, j: score * rescale
+        cap = scalar(softcap)
+        return lambda score, b, h, i, j: cap * torch.tanh(score * rescale / cap)
+
+    return once_per_tensor(call.subtree_end, ("score mod", factor, softcap), build)
 
 
 @functools.cache

@@ -20,20 +20,15 @@ Kernels read it in `tiles.tile_list`. Building it never waits for the device: on
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from tw_core.errors import ShapeError
 from tw_core.masks import block_bounds, depth_from_subtree_end
 from tw_kernels.trie_attention.config import plan_block
-
-CACHED_PLANS = 8
+from tw_kernels.trie_attention.memo import once_per_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +84,30 @@ def make_plan(
     """Plan the tiles of a packed trie, without waiting for the device.
 
     Args:
-        subtree_end: `PackedTrie.subtree_end`. Shape (N,), int32.
-        depth: `PackedTrie.position_ids`, used with a window; derived from subtree_end when None. Shape (N,).
+        subtree_end: `PackedTrie.subtree_end`. Shape (N,), int32 or int64.
+        depth: `PackedTrie.position_ids`, used with a window; derived from subtree_end when None. Shape (N,), int32 or
+            int64, on the device of subtree_end.
         window: As in `trie_attention`; the plan then serves calls with this window only.
         block: Rows of a block, a power of two of at least 16. Defaults to `config.plan_block(device)`.
 
     Raises:
         ShapeError: `subtree_end` is not one row, or `depth` has another shape.
-        ValueError: `block` is not a power of two of at least 16, or `window` is below 1.
+        ValueError: A dtype or device differs from the above, `block` is not a power of two of at least 16, or `window`
+            is below 1.
     """
     if subtree_end.dim() != 1 or (depth is not None and depth.shape != subtree_end.shape):
         got = tuple(subtree_end.shape), None if depth is None else tuple(depth.shape)
         raise ShapeError(f"subtree_end and depth must have one shape (N,), got {got[0]} and {got[1]}; pass one row")
+    for name, rows in (("subtree_end", subtree_end), ("depth", depth)):
+        if rows is None:
+            continue
+        if rows.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 (or int64), got {rows.dtype}; take it from PackedTrie")
+        if rows.device != subtree_end.device:
+            raise ValueError(
+                f"{name} must be on the device of subtree_end, {subtree_end.device}, got {rows.device}; "
+                "call PackedTrie.to(device)"
+            )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (1 is the row alone), got {window}; pass None for none")
     block = plan_block(subtree_end.device) if block is None else block
@@ -160,49 +167,10 @@ def _plan_data_torch(subtree_end: Tensor, depth: Tensor | None, window: int | No
     return data
 
 
-# ------------------------------------------------------------------------------------------------------------- cache
-
-# key -> (weak references that keep the key's storage addresses from being used again, plan); the newest last.
-_plans: OrderedDict[Hashable, tuple[tuple[StorageWeakRef, ...], BlockPlan]] = OrderedDict()
-_lock = threading.Lock()
-
-
 def cached_plan(subtree_end: Tensor, depth: Tensor | None, window: int | None, block: int) -> BlockPlan:
-    """`make_plan`, remembered for the layers that follow.
-
-    Every layer brings another view of the same rows, so a plan is found again by what the view stands on: storage (held
-    weakly), offset, shape, version and stream. A write through torch raises the version and thereby drops the plan.
-    (Writes that autograd cannot see either, such as through `.data` or numpy, are not noticed.) Tensors without a
-    version, that is those of inference mode, and calls inside a CUDA graph capture, whose replays see new rows, are
-    planned each time.
-    """
+    """`make_plan`, remembered for the layers that follow, each of which brings another view (`memo.once_per_rows`)."""
     depth = None if window is None else depth
     rows = [x for x in (subtree_end, depth) if x is not None]
-    if any(x.is_inference() for x in rows) or _capturing(subtree_end):
-        return make_plan(subtree_end, depth=depth, window=window, block=block)
-    stream = torch.cuda.current_stream(subtree_end.device).cuda_stream if subtree_end.is_cuda else 0
-    key = (tuple(_standing(x) for x in rows), window, block, stream)
-    with _lock:
-        if key in _plans:
-            _plans.move_to_end(key)
-            return _plans[key][1]
-    with torch.inference_mode(False):  # a later training pass saves the plan for its backward
-        plan = make_plan(subtree_end, depth=depth, window=window, block=block)
-    with _lock:
-        for stale in [k for k, (refs, _) in _plans.items() if any(r.expired() for r in refs)]:  # type: ignore[no-untyped-call]
-            del _plans[stale]
-        refs = tuple(StorageWeakRef(x.untyped_storage()) for x in rows)  # type: ignore[no-untyped-call]
-        _plans[key] = (refs, plan)
-        if len(_plans) > CACHED_PLANS:
-            _plans.popitem(last=False)
-    return plan
-
-
-def _standing(x: Tensor) -> tuple[Hashable, ...]:
-    """What a view stands on. The cache's weak reference keeps a dead storage's address from naming another."""
-    storage = x.untyped_storage()
-    return (storage._cdata, x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version)
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return once_per_rows(
+        rows, ("plan", window, block), lambda: make_plan(subtree_end, depth=depth, window=window, block=block)
+    )

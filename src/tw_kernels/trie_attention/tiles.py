@@ -37,7 +37,7 @@ def load_row_floats(ptr, first, n_rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile_offsets(stride_n, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK, BLOCK_D) offsets inside a tile. The launchers refuse strides for which 32 bits would not do."""
+    """(BLOCK, BLOCK_D) offsets inside a tile, of 32 bits: `autograd._addressable` has copied what they do not reach."""
     return tl.arange(0, BLOCK)[:, None] * stride_n + tl.arange(0, BLOCK_D)[None, :]
 
 

@@ -28,8 +28,8 @@ from tw_kernels.trie_attention.config import (
     Pass,
     TileConfig,
     padded,
-    pick_config,
     read_tuned,
+    table_config,
     tuning_key,
 )
 
@@ -78,7 +78,7 @@ def candidates(
         shared_limit: Bytes of shared memory that a block can have.
         capability: Of the device; descriptors need (9, 0).
     """
-    known = pick_config(head_dim, value_dim, dtype, capability, kernel)
+    known = table_config(head_dim, value_dim, dtype, capability, kernel)
     found = [known]
     sizes = (16, 32, 64, PLAN_BLOCK)
     variants = [known]
@@ -190,7 +190,7 @@ def _on_device(head_dim: int, value_dim: int, dtype: torch.dtype, heads: tuple[i
 
     q, k, v = normal(heads[0], head_dim), normal(heads[1], head_dim), normal(heads[1], value_dim)
     grad, plan = normal(heads[0], value_dim), make_plan(end)
-    table = {kernel: pick_config(head_dim, value_dim, dtype, capability, kernel) for kernel in get_args(Pass)}
+    table = {kernel: table_config(head_dim, value_dim, dtype, capability, kernel) for kernel in get_args(Pass)}
     options = {"scale": head_dim**-0.5, "window": None, "softcap": None}
 
     def forward(tiles: TileConfig) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,11 @@ def pays_on_cpu(call: AttentionCall) -> bool:
 
 def why_unavailable() -> str | None:
     """None: flash-attn or torch's varlen attention on a GPU, SDPA elsewhere."""
-    if torch.cuda.is_available() and not FLASH_ATTN_INSTALLED and "window_size" not in _torch_varlen_options():
+    return _why_no_kernel() if torch.cuda.is_available() else None
+
+
+def _why_no_kernel() -> str | None:
+    if not FLASH_ATTN_INSTALLED and "window_size" not in _torch_varlen_options():
         return f"neither flash-attn nor torch.nn.attention.varlen with windows was found in torch {torch.__version__}"
     return None
 
@@ -156,6 +160,8 @@ def why_unsupported(call: AttentionCall) -> str | None:
     if call.sinks is not None:
         return "sinks must be None (varlen flash attention has no sinks)"
     on_gpu = call.q.device.type == "cuda"
+    if on_gpu and (why_not := _why_no_kernel()):
+        return why_not
     if call.softcap is not None and not (on_gpu and FLASH_ATTN_INSTALLED):
         return "softcap must be None (only flash-attn on a GPU has a logit cap)"
     if on_gpu and call.q.dtype not in (torch.float16, torch.bfloat16):

@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tw_kernels.trie_attention.backward import _dq_kernel
-from tw_kernels.trie_attention.config import matmul_precision, padded, pick_config
+from tw_kernels.trie_attention.backward import launch_dq, tma_addressable
+from tw_kernels.trie_attention.config import config_for
 from tw_kernels.trie_attention.hopper.backward import MOST_LONGEST, _dkv_kernel
 from tw_kernels.trie_attention.hopper.forward import _forward_kernel
 from tw_kernels.trie_attention.hopper.passes import after_kernel, before_kernel
@@ -73,11 +73,8 @@ def describe_vector(x: Tensor, entries: int) -> TensorDescriptor:
 
 
 def describable(x: Tensor) -> Tensor:
-    """x, or a copy of it where its strides or its start are not such as TMA can address (16 bytes)."""
-    n, heads, _ = x.shape
-    strides = [s * x.element_size() for s, size in zip(x.stride()[:2], (n, heads), strict=True) if size > 1]
-    fits = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    """x, or a copy of it where TMA cannot address it."""
+    return x if tma_addressable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
@@ -160,7 +157,10 @@ def launch_backward(
     for launch in launches:
         launch()
     if deterministic:
-        _dq_pass(q, k, v, subtree_end, plan, o, lse, grad_o, dq, scale)
+        config = config_for(q, v, "dq")
+        dq, _ = launch_dq(
+            q, k, v, subtree_end, None, plan, o, lse, grad_o, scale=scale, window=None, softcap=None, config=config
+        )
     return dq, dk, dv
 
 
@@ -177,14 +177,15 @@ def _backward_launches(
     scale: float,
     with_dq: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Callable[[], object]]]:
-    """Allocate dq, dk and dv; the launches, in order, that fill dk and dv, and dq where `with_dq`.
+    """Allocate dq (without rows unless `with_dq`), dk and dv; the launches, in order, that fill them.
 
     q, k, v and grad_o must be describable; the rest as in `launch_backward`.
     """
     n, heads, dim = q.shape
     kv_heads, value_dim = v.shape[1:]
     block = plan.block
-    dq, dk, dv = q.new_empty((n, heads, dim)), k.new_empty((n, kv_heads, dim)), v.new_empty((n, kv_heads, value_dim))
+    dq = q.new_empty((n if with_dq else 0, heads, dim))
+    dk, dv = k.new_empty((n, kv_heads, dim)), v.new_empty((n, kv_heads, value_dim))
     width = plan.num_blocks * block
     stats = q.new_empty((2 * heads * width,), dtype=torch.float32)
     # One row where the sums are unused: a kernel has one signature.
@@ -223,34 +224,6 @@ def _backward_launches(
     return (dq, dk, dv), launches
 
 
-def _dq_pass(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    subtree_end: Tensor,
-    plan: BlockPlan,
-    o: Tensor,
-    lse: Tensor,
-    grad_o: Tensor,
-    dq: Tensor,
-    scale: float,
-) -> None:
-    """Fill dq by the portable kernel; arguments as in `launch_backward`."""
-    n, heads, dim = q.shape
-    kv_heads, value_dim = v.shape[1:]
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    config = pick_config(dim, value_dim, q.dtype, capability, "dq")
-    delta = q.new_empty((heads, n), dtype=torch.float32)
-    _dq_kernel[(plan.num_blocks * (plan.block // config.block_m) * heads,)](
-        q, k, v, subtree_end, None, plan.data, o, grad_o, lse, delta, dq,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        o.stride(0), o.stride(1), grad_o.stride(0), grad_o.stride(1), dq.stride(0), dq.stride(1),
-        n, plan.num_blocks, 0, scale, 1.0, D=dim, DV=value_dim, BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, BLOCK=plan.block, HAS_SOFTCAP=False,
-        PRECISION=matmul_precision(q.dtype), **config.options(),
-    )  # fmt: skip
-
-
 def plan_of_one_row(end: Tensor) -> BlockPlan:
     """`make_plan(end)` of one row without its kernels, so that those which read it may launch before they compile.
 
@@ -261,16 +234,16 @@ def plan_of_one_row(end: Tensor) -> BlockPlan:
     return BlockPlan(data, 1, BLOCK, None)
 
 
-def try_one_row(dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> None:
-    """Compile and launch the kernels of one shape and one backward for one row; raises what Triton raises.
+def try_one_row(device: torch.device, dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> None:
+    """Compile and launch the kernels of one shape and one backward for one row on a device; raises what Triton raises.
 
     Every kernel compiles on a thread of its own: MLIR and LLVM run without the GIL, ptxas and the C compiler of the
     launchers are processes. So do the plan's kernels, which the call that asks needs next. The portable pass for dq is
     left out: it is compiled for the call's own heads, and impl="triton" stands on it too.
     """
-    q, v = (torch.zeros((1, 1, columns), dtype=dtype, device="cuda") for columns in (dim, value_dim))
-    end = torch.ones(1, dtype=torch.int32, device="cuda")
-    lse = torch.zeros((1, 1), dtype=torch.float32, device="cuda")
+    q, v = (torch.zeros((1, 1, columns), dtype=dtype, device=device) for columns in (dim, value_dim))
+    end = torch.ones(1, dtype=torch.int32, device=device)
+    lse = torch.zeros((1, 1), dtype=torch.float32, device=device)
     plan = plan_of_one_row(end)
     with_dq = not deterministic and (dim, value_dim) not in WIDE_PASSES
     _, launches = _backward_launches(q, q, v, end, plan, v, lse, v, scale=1.0, with_dq=with_dq)
@@ -279,11 +252,11 @@ def try_one_row(dim: int, value_dim: int, dtype: torch.dtype, deterministic: boo
         functools.partial(make_plan, end, block=BLOCK),
     ]
     triton.runtime.driver.active.get_current_target()  # Triton's driver is made at first use, without a lock
-    stream = torch.cuda.current_stream()
+    stream = torch.cuda.current_stream(device)
 
     def on_the_callers_stream(launch: Callable[[], object]) -> None:
-        with torch.cuda.stream(stream):  # device, stream and context are a thread's own
-            torch.zeros(1, device="cuda")  # sets the context; describing a tensor to TMA, the first thing, does not
+        with torch.cuda.stream(stream):  # device, stream and context are a thread's own; a stream brings its device
+            torch.zeros(1, device=device)  # sets the context; describing a tensor to TMA, the first thing, does not
             launch()
 
     with ThreadPoolExecutor(len(launches), "trie-attention-compile") as pool:

@@ -1,9 +1,9 @@
 """Whether impl="hopper" runs here and takes a call; loads neither triton nor Gluon before it must.
 
 The rule: a GPU of compute capability 9.0, float16 or bfloat16, (D, Dv) in HEAD_DIMS, no window, softcap or sinks, and
-Gluon kernels that compile with the installed Triton. The last is tried on one row when a call first asks for a shape
-and a backward, deterministic or not; where it fails, one warning names the reason and impl="auto" goes on with the
-portable kernels.
+Gluon kernels that compile with the installed Triton. The last is tried on one row when a call first asks a device
+for a shape and a backward, deterministic or not, once a process; where it fails, one warning names the reason and
+impl="auto" goes on with the portable kernels.
 Guarded by tests/kernels/test_hopper.py.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 import warnings
 
 import torch
@@ -46,7 +47,7 @@ def why_unsupported(call: AttentionCall) -> str | None:
     # A symbolic dimension of torch.compile becomes the number that it equals.
     for dim, value_dim in HEAD_DIMS:
         if call.q.shape[2] == dim and call.v.shape[2] == value_dim:
-            return why_broken(dim, value_dim, call.q.dtype, call.deterministic)
+            return why_broken(call.q.device.index or 0, dim, value_dim, call.q.dtype, call.deterministic)
     return f"(D, Dv) must be one of {', '.join(map(str, HEAD_DIMS))}, got ({call.q.shape[2]}, {call.v.shape[2]})"
 
 
@@ -62,13 +63,22 @@ def why_other_chip(device: int) -> str | None:
     return _chip_reason(device)
 
 
-def why_broken(dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> str | None:
-    """Why the installed Triton does not compile the forward and one backward of a shape, or None; warns once then."""
-    return _compile_reason(dim, value_dim, dtype, deterministic)
+def why_broken(device: int, dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> str | None:
+    """Why the installed Triton does not compile the forward and one backward of a shape, or None; warns once then.
+
+    Raises:
+        torch.OutOfMemoryError: The device has no room to try; the next call tries again.
+    """
+    tried = (device, dim, value_dim, dtype, deterministic)
+    if tried not in _compile_reasons:
+        with _trying:  # whoever asks meanwhile waits for the answer
+            if tried not in _compile_reasons:
+                _compile_reasons[tried] = _compile_reason(*tried)
+    return _compile_reasons[tried]
 
 
 # To torch.compile both are constants, found out while it traces: what `torch.compiler.assume_constant_result` would set
-# if it did not load torch._dynamo. The cached functions below are apart because Dynamo looks through a cache.
+# if it did not load torch._dynamo. The cached function below is apart because Dynamo looks through a cache.
 for _function in (why_other_chip, why_broken):
     _function._dynamo_marked_constant = True  # type: ignore[union-attr]
 
@@ -83,13 +93,18 @@ def _chip_reason(device: int) -> str | None:
     return None
 
 
-@functools.cache
-def _compile_reason(dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> str | None:
+_compile_reasons: dict[tuple[int, int, int, torch.dtype, bool], str | None] = {}
+_trying = threading.Lock()
+
+
+def _compile_reason(device: int, dim: int, value_dim: int, dtype: torch.dtype, deterministic: bool) -> str | None:
     try:
         from tw_kernels.trie_attention.hopper.launch import try_one_row
 
-        try_one_row(dim, value_dim, dtype, deterministic)
+        try_one_row(torch.device("cuda", device), dim, value_dim, dtype, deterministic)
     except Exception as error:  # whatever this Triton raises
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            raise  # says nothing of the kernels
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         _warn_once(
             f"the Hopper kernels of trie attention do not compile here (D={dim}, Dv={value_dim}, {dtype}): {reason}; "
