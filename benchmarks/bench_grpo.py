@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_grpo --out DIR/grpo-h100.json     Qwen3-4B with LoRA and Qwen3-0.6B in full, one GPU
     python -m benchmarks.bench_grpo --tiny --out FILE            the same code on a CPU (its test)
+    … --compile                                                  with the layers compiled, on both sides; "_compiled"
 
 A step is what the trainers do with a scored micro-batch: `compute_loss` (with its metrics), backward, clipping, AdamW.
 Both have random weights of the shape, bfloat16, activation checkpointing and TRL's fused head; step_ms is the median of
@@ -44,6 +45,7 @@ from peft import LoraConfig
 from tests.support.grpo import make_trainer
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import GRPOTrainer
 
 from tw_core import PackedTrie, ReasoningTrie, Unit
@@ -184,7 +186,7 @@ def _inputs(prompt_ids: Tensor, completion_ids: Tensor, mask: Tensor, draw: torc
     }
 
 
-def build(shape: Shape, kind: str, device: torch.device, impl: str) -> GRPOTrainer:
+def build(shape: Shape, kind: str, device: torch.device, impl: str, compiled: bool = False) -> GRPOTrainer:
     """A trainer of `kind` "stock", "trie" or "units" around a random model, the same for each kind."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -206,6 +208,10 @@ def build(shape: Shape, kind: str, device: torch.device, impl: str) -> GRPOTrain
     # `train()` would switch it on.
     trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.model.train()
+    if compiled:
+        for module in trainer.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(dynamic=True)
     return trainer
 
 
@@ -278,7 +284,13 @@ def step_flops(config: Any, work: Work, lora: bool) -> float:
 
 
 def run_shape(
-    name: str, cases: list[str], device: torch.device, impls: dict[str, str], repeats: int, limit: float
+    name: str,
+    cases: list[str],
+    device: torch.device,
+    impls: dict[str, str],
+    repeats: int,
+    limit: float,
+    compiled: bool = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """The records of each case of one shape; a trainer is built when a case first needs it, and kept."""
     shape = SHAPES[name]
@@ -291,7 +303,7 @@ def run_shape(
         found: dict[str, Measured] = {}
         for kind in (other, "trie"):
             if kind not in trainers:
-                trainers[kind] = build(shape, kind, device, impls.get(kind, ""))
+                trainers[kind] = build(shape, kind, device, impls.get(kind, ""), compiled)
             try:
                 found[kind] = measure(trainers[kind], batch, repeats, limit, found.get(other))
                 print(f"{name} {case} {kind} {found[kind].figures}", flush=True)
@@ -304,7 +316,8 @@ def run_shape(
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
         else:
-            yield case_records(f"{name}/{case}", config, shape.lora, batch, found[other], found["trie"], other)
+            label = f"{name}{'_compiled' if compiled else ''}/{case}"
+            yield case_records(label, config, shape.lora, batch, found[other], found["trie"], other)
 
 
 def case_records(
@@ -342,6 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of a case")
     parser.add_argument("--seconds", type=float, default=60.0, help="no further timed step of a case after this time")
     parser.add_argument("--impl", default="auto", help="implementation of the trie run")
+    parser.add_argument("--compile", action="store_true", help="compile the layers of both sides")
     parser.add_argument("--tiny", action="store_true", help="toy models on the CPU")
     parser.add_argument("--out", default="grpo", help="a .json file; default benchmarks/results/grpo-<device>.json")
     parser.add_argument("--merge", type=read_results, help="results file to add to: other (case, impl) pairs are kept")
@@ -355,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         cases = args.cases.split(",") if args.cases else CASES[name]
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         used = args.impl if args.impl != "auto" else auto_choice(SHAPES[name].config, device, dtype)
-        for found in run_shape(name, cases, device, impls, args.repeats, args.seconds):
+        for found in run_shape(name, cases, device, impls, args.repeats, args.seconds, args.compile):
             records += found
             write_records(
                 *(args.out, records),

@@ -283,6 +283,25 @@ def test_torch_compile_has_one_graph_for_all_lengths(impl: str, device: str, win
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize(("impl", "device"), gpu_impls("triton", "dense", "auto")[:-1])
+def test_torch_compile_takes_a_scale_that_is_symbolic(impl: str, device: str) -> None:
+    """`layer.compile(dynamic=True)` traces a module's float attributes, as the scale of an attention layer is."""
+
+    class Layer(torch.nn.Module):
+        scaling = 0.3
+
+        def forward(self, q: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+            return trie_attention(q, q, q, end, scale=self.scaling, impl=impl)
+
+    torch._dynamo.reset()
+    layer = Layer()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seed in range(3):
+        trie = random_forest(seed, 20 + 7 * seed)
+        q, end = torch.randn(trie.num_rows, 2, 16).half().to(device), trie.subtree_end.to(device)
+        assert torch.equal(compiled(q, end), layer(q, end))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["triton", "flex"])
 def test_many_lengths_compile_nothing_new(impl: str) -> None:

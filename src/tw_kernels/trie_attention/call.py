@@ -14,7 +14,6 @@ that whole sum of exponentials, the sink included; no gradient flows through it.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -110,7 +109,7 @@ class AttentionCall:
             depth = position_ids
             if depth is None:
                 depth = once_per_tensor(subtree_end, "depth", depth_from_subtree_end)
-        if scale is not None and not math.isfinite(scale):
+        if scale is not None and not float("-inf") < scale < float("inf"):
             raise ValueError(f"scale must be finite, got {scale!r}; pass None for 1 / sqrt(D)")
         if softcap is not None and not 0.0 < softcap < float("inf"):
             raise ValueError(f"softcap must be a positive number, got {softcap!r}; pass None for no cap")

@@ -33,7 +33,8 @@ def dense_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     # SDPA's memory-efficient backward on CUDA adds with atomics; its plain one does not.
     backends = [SDPBackend.MATH] if call.deterministic and q.is_cuda else list(SDPA_BACKENDS)
     with torch.autocast(q.device.type, enabled=False), sdpa_kernel(backends):
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale, enable_gqa=call.group > 1)
+        grouped = {"enable_gqa": True} if call.group > 1 else {}  # a branch: torch.compile has no bool otherwise
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale, **grouped)
     return out[0].transpose(0, 1), _lse(call, mask) if call.with_lse else None
 
 

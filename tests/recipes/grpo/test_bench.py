@@ -29,6 +29,17 @@ def test_the_benchmark_runs_and_agrees(tmp_path):
         assert values["trie", "sharing_ratio"] > values["trie", "flop_ratio"] > 2
 
 
+@pytest.mark.slow  # Inductor compiles C++ for a minute
+def test_compiled_layers_have_the_same_gradients(tmp_path):
+    torch._dynamo.reset()
+    words = ["--tiny", "--compile", "--repeats", "1", "--cases", "p24_c8", "--out", str(tmp_path / "grpo.json")]
+    assert main(words) == 0
+    records = json.loads((tmp_path / "grpo.json").read_text())["records"]
+    assert {record["case"] for record in records} == {"tiny_lora_compiled/p24_c8", "tiny_full_compiled/p24_c8"}
+    assert all(record["value"] < 1e-4 for record in records if record["metric"] == "gradient_difference")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
 def test_a_case_is_written_when_it_is_done_and_added_to_earlier_ones(tmp_path, monkeypatch):
     path, measured = tmp_path / "grpo.json", bench_grpo.measure
 

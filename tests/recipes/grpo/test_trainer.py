@@ -5,9 +5,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
-from tests.support.grpo import GROUP, PROMPTS, branching_rollouts, make_trainer, saved_model, token_reward, train
+from tests.support.grpo import (
+    GROUP,
+    PROMPTS,
+    branching_rollouts,
+    chain_rollouts,
+    make_trainer,
+    saved_model,
+    token_reward,
+    train,
+)
 from tests.support.models import tiny_model
 from tests.support.sft import BYTE_VOCAB
 from tests.support.tries import largest_error
@@ -89,6 +99,17 @@ def test_steps_equal_stock_trl(case, tmp_path):
     if "epsilon" in CASES[case] and trie[0].loss_type != "cispo":
         assert trie[2][1]["clip_ratio/region_mean"] > 0
     assert all(entry["sharing_ratio"] > 1 for entry in trie[2])
+
+
+def test_compiled_layers_equal_stock_trl(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved_model())
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", dynamic=True, fullgraph=True)
+    torch._dynamo.reset()
+    options = {"rollout_func": chain_rollouts, "max_completion_length": 12}
+    compiled = make_trainer("trie", tmp_path / "trie", model=model, **options)
+    stock = make_trainer("stock", tmp_path / "stock", **options)
+    _assert_equal((stock, *train(stock)), (compiled, *train(compiled)))
 
 
 @pytest.mark.slow

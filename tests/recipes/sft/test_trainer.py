@@ -47,6 +47,34 @@ def _assert_equal_runs(stock, ours):
         assert logged(ours, name) == pytest.approx(logged(stock, name), rel=TOLERANCE), name
 
 
+def test_ten_steps_of_compiled_layers_equal_stock(tmp_path):
+    """`layer.compile()`: one graph serves all layers and lengths, under activation checkpointing too."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model("qwen3")
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", dynamic=True, fullgraph=True)
+    ours = trie_trainer(model, SAMPLES, tmp_path, gradient_checkpointing=True)
+    ours.train()
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # of 10 steps with other lengths
+    stock = stock_trainer(tiny_model("qwen3"), SAMPLES, tmp_path, gradient_checkpointing=True)
+    stock.train()
+    _assert_equal_runs(stock, ours)
+
+
+# Both are Dynamo's, which instantiates the function behind TRL's head.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_ten_compiled_steps_equal_stock(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # the trainer sets it, for every trainer that follows
+    torch._dynamo.reset()
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    ours = trie_trainer(tiny_model("qwen3"), SAMPLES, tmp_path, **options)
+    ours.train()
+    stock = stock_trainer(tiny_model("qwen3"), SAMPLES, tmp_path)
+    stock.train()
+    _assert_equal_runs(stock, ours)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_ten_steps_equal_stock(case, tmp_path):
     stock, ours = _train_both(tmp_path, **CASES[case])
