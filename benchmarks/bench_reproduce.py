@@ -48,6 +48,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "nested_sft": {"nested": True, "clocks": False, "rounds": 0, "rl_steps": 0},
     "no_rl": {"rl_steps": 0},
 }
+SHARED = ("scale", "threads", "rounds", "rl_steps", "steps", "mixed_steps", "compiled")
 METRICS = {
     "accuracy": "share",
     "token_latency": "tokens",
@@ -115,6 +116,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--rl-steps", type=int, default=None)
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--mixed-steps", type=int, default=None)
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--results", type=Path, default=None, help="another file to write")
@@ -125,7 +128,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.only_ablations and (options.at_once or not options.ablations):
         parser.error("--only-ablations needs --ablations and goes without --at-once; drop one or name the ablations")
-    shared = {name: getattr(options, name) for name in ("scale", "threads", "rounds", "rl_steps", "mixed_steps")}
+    shared = {name: getattr(options, name) for name in SHARED}
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     variants = options.ablations if options.only_ablations else ["", *options.ablations]
     rows: list[dict[str, Any]] = []
@@ -151,7 +154,8 @@ def main() -> int:
     if not rows:
         return OUT_OF_TIME
     words = [f"--preset {options.preset}", f"--seeds {' '.join(map(str, options.seeds))}"]
-    words += [f"--{n.replace('_', '-')} {v}" for n, v in shared.items() if v is not None and n != "threads"]
+    told = {n: v for n, v in shared.items() if v not in (None, False) and n != "threads"}
+    words += [f"--{n.replace('_', '-')}" + (f" {v}" if v is not True else "") for n, v in told.items()]
     words += ["--at-once"] if options.at_once else []
     words += ["--only-ablations"] if options.only_ablations else []
     named = [variant for variant in finished if variant]

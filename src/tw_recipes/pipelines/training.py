@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
 from tw_recipes import _compat
@@ -58,6 +59,7 @@ def train(
     seed: int,
     lr_scale: float = 1.0,
     batch: int = BATCH,
+    compiled: bool = False,
     on_step: OnStep | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Trained:
@@ -72,6 +74,7 @@ def train(
         seed: Of the trainer.
         lr_scale: Of both learning rates.
         batch: Rows of a step.
+        compiled: Compile the layers with Inductor, for all lengths at once.
         on_step: For progress display.
         checkpoints: Of `folder`, to stop and go on; without them nothing can be continued.
 
@@ -111,7 +114,7 @@ def train(
     kwargs: dict[str, Any] = {"processing_class": tokenizer, "optimizers": (optimizer, None)}
     kwargs["callbacks"] = [_Progress(on_step)] if on_step is not None else []
     kwargs["callbacks"] += [checkpoints] if checkpoints is not None else []
-    with _quiet_datasets(), contextlib.redirect_stdout(None):
+    with _quiet_datasets(), contextlib.redirect_stdout(None), _compiled_layers(model, compiled):
         if tries:
             # On a CPU segment by segment is many times faster than the mask over the whole forest.
             impl = "varlen" if on_cpu else "auto"
@@ -134,6 +137,18 @@ def train(
     if not all(torch.isfinite(torch.tensor(loss)) for _, loss, _ in curve):
         raise FloatingPointError(f"the loss is not finite: {curve}; lower lr_scale={lr_scale}")
     return Trained(steps, *_count(trainer.train_dataset, tries), curve)
+
+
+@contextlib.contextmanager
+def _compiled_layers(model: Any, compiled: bool) -> Iterator[None]:
+    layers = [module for module in model.modules() if compiled and isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None  # torch has no public way back
 
 
 def packing_processes(count: int, device: str) -> int | None:

@@ -133,11 +133,14 @@ def test_one_flag_an_ablation() -> None:
     small = settings_of("cpu", scale=0.001)
     assert (small.training.start_steps, small.training.steps, small.evaluation.problems) == (1, 1, 4)
     assert settings_of("cpu", rl_steps=0).reinforcement.steps == 0
+    assert settings_of("cpu", steps=7, scale=0.5).training.steps == 7
+    assert settings_of("cpu", compiled=True).training.compiled
     for words, message in (
         ({"rounds": 3}, "rounds must be 0, 1 or 2, got 3"),
         ({"nested": True}, "nested=True needs the task multiply, got 'products'"),
         ({"scale": 0}, "scale must be in"),
         ({"rl_steps": -1}, "rl_steps must be at least 0, got -1"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"mixed_steps": -1}, "mixed_steps must be at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -68,7 +68,9 @@ def settings_of(
     std_normalisation: bool = False,
     leaky_loss: bool = False,
     nested: bool = False,
+    steps: int | None = None,
     mixed_steps: int | None = None,
+    compiled: bool = False,
     clocks: bool = True,
     scale: float = 1.0,
     threads: int | None = None,
@@ -82,9 +84,11 @@ def settings_of(
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if not 0 < scale <= 1:
         raise ValueError(f"scale must be in (0, 1], got {scale}")
-    for name, steps in (("rl_steps", rl_steps), ("mixed_steps", mixed_steps)):
-        if steps is not None and steps < 0:
-            raise ValueError(f"{name} must be at least 0, got {steps}; 0 leaves the stage out")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}; leave it out for the preset's")
+    for name, count in (("rl_steps", rl_steps), ("mixed_steps", mixed_steps)):
+        if count is not None and count < 0:
+            raise ValueError(f"{name} must be at least 0, got {count}; 0 leaves the stage out")
     base = PRESETS[preset]
 
     def part(count: int, least: int = 1) -> int:
@@ -100,9 +104,10 @@ def settings_of(
         training=replace(
             training,
             start_steps=part(training.start_steps),
-            steps=part(training.steps),
+            steps=part(training.steps) if steps is None else steps,
             mixed_steps=part(training.mixed_steps) if mixed_steps is None else mixed_steps,
             leaky_loss=leaky_loss,
+            compiled=compiled,
         ),
         self_training=replace(
             own, rounds=own.rounds if rounds is None else rounds, prompts=part(own.prompts, 2), steps=part(own.steps)
@@ -160,7 +165,9 @@ def run(
     std_normalisation: bool = False,
     leaky_loss: bool = False,
     nested: bool = False,
+    steps: int | None = None,
     mixed_steps: int | None = None,
+    compiled: bool = False,
     minutes: float | None = None,
     scale: float = 1.0,
     threads: int | None = None,
@@ -178,7 +185,9 @@ def run(
         std_normalisation: Divide advantages by the standard deviation of the group.
         leaky_loss: Loss on injected headers and joined copies too, as the published code has it.
         nested: Fork/join solutions with blocks inside threads (task multiply).
+        steps: Supervised steps of each side on its own solutions.
         mixed_steps: Steps between supervised training and what follows it; more of them train both sides further.
+        compiled: Compile the layers for supervised training.
         minutes: Stop after so many minutes, in training at a checkpoint; the same command again goes on.
         scale: Share of all steps and problems, to try things out.
         threads: CPU threads of a process that works alone.
@@ -193,7 +202,9 @@ def run(
         std_normalisation=std_normalisation,
         leaky_loss=leaky_loss,
         nested=nested,
+        steps=steps,
         mixed_steps=mixed_steps,
+        compiled=compiled,
         scale=scale,
         threads=threads,
     )

@@ -49,6 +49,7 @@ class Training:
         second_lr: Learning rates of `steps`, relative to those of the start.
         mixed_lr: Likewise of `mixed_steps`.
         leaky_loss: Ablation: the published behaviour, loss on every token after the prompt, joined copies included.
+        compiled: Compile the layers: the same steps, rounded otherwise.
     """
 
     batch: int = 8
@@ -60,6 +61,7 @@ class Training:
     second_lr: float = 0.75
     mixed_lr: float = 0.4
     leaky_loss: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

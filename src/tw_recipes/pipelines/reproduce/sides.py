@@ -86,7 +86,7 @@ class Worker:
             "seed": settings.seed,
             "device": settings.device,
             "model": asdict(settings.model),
-        }
+        } | ({"compiled": True} if settings.training.compiled else {})
         self._held_out: list[dict[str, str]] | None = None
 
     @property
@@ -328,6 +328,7 @@ class Worker:
             seed=settings.seed,
             lr_scale=lr_scale,
             batch=settings.training.batch,
+            compiled=settings.training.compiled,
             checkpoints=self.stages.checkpoints(folder / "trainer"),
         )
         return done._asdict()
