@@ -62,7 +62,8 @@ def test_ten_steps_of_compiled_layers_equal_stock(tmp_path):
     _assert_equal_runs(stock, ours)
 
 
-# Both are Dynamo's, which instantiates the function behind TRL's head.
+@pytest.mark.slow
+# Dynamo instantiates the function behind TRL's head.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_ten_compiled_steps_equal_stock(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # the trainer sets it, for every trainer that follows
