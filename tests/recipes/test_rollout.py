@@ -13,24 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.rollouts import FORKED, model_folder, text_engine
+from tests.support.rollouts import FORKED, text_engine
 from tw_core import TagIds, extract_units
 from tw_recipes.cli import main as threadweaver
 from tw_recipes.decoding.engine import EngineError
 from tw_recipes.decoding.scripted_engine import ScriptedEngine
 from tw_recipes.rollout import Prompt, RolloutFileError, finished_keys, read_trajectories, rollout
-from tw_recipes.rollout_command import EngineOptions, RolloutOptions, load_tokenizer, make_decoder, run_rollout
+from tw_recipes.rollout_command import EngineOptions, RolloutOptions, make_decoder, run_rollout
 from tw_recipes.sft.rows import row_to_trie
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model):
-    return load_tokenizer(str(model))
 
 
 def options(model: Path, folder: Path, count: int = 3, **more) -> RolloutOptions:

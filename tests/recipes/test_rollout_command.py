@@ -7,21 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.rollouts import model_folder, text_engine
+from tests.support.rollouts import text_engine
 from tw_recipes.cli import main as threadweaver
 from tw_recipes.evaluation.command import EvalOptions, run_eval
 from tw_recipes.rollout import RolloutFileError
-from tw_recipes.rollout_command import EngineOptions, RolloutOptions, load_tokenizer, run_rollout
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model):
-    return load_tokenizer(str(model))
+from tw_recipes.rollout_command import EngineOptions, RolloutOptions, run_rollout
 
 
 @pytest.fixture

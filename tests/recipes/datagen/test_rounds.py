@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.annotator import RuleAnnotator
-from tests.support.rollouts import FORKED, model_folder, text_engine
+from tests.support.rollouts import FORKED, text_engine
 from tests.support.traces import trace_file
 from tw_recipes.cli import main as threadweaver
 from tw_recipes.data import write_jsonl
@@ -20,11 +20,6 @@ from tw_recipes.sft.command import load_split
 from tw_recipes.sft.data import prepare_dataset
 
 PLAIN = "No fork: \\boxed{7}."
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

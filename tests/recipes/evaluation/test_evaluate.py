@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support.rollouts import FORKED, model_folder, text_engine
+from tests.support.rollouts import FORKED, text_engine
 from tw_recipes.cli import main as threadweaver
 from tw_recipes.decoding.engine import EngineError
 from tw_recipes.decoding.scripted_engine import ScriptedEngine
@@ -12,17 +12,7 @@ from tw_recipes.evaluation.benchmarks import Problem
 from tw_recipes.evaluation.command import EvalOptions, run_eval
 from tw_recipes.evaluation.evaluate import Baseline, evaluate
 from tw_recipes.evaluation.grading import ExactGrader
-from tw_recipes.rollout_command import EngineOptions, load_tokenizer, make_decoder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model):
-    return load_tokenizer(str(model))
+from tw_recipes.rollout_command import EngineOptions, make_decoder
 
 
 @pytest.fixture
