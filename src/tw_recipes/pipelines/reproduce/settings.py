@@ -223,7 +223,7 @@ PRESETS: dict[str, Settings] = {
         self_training=SelfTraining(prompts=256, steps=40),
         # The rate of the CPU preset times the ratio of the widths, 64 / 512.
         reinforcement=Reinforcement(steps=16, prompts=8, generations=8, lr=8e-5),
-        evaluation=Evaluation(problems=500, between=128, timed=4),
+        evaluation=Evaluation(problems=500, between=128, timed=16),
     ),
 }
 
