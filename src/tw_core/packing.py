@@ -144,39 +144,38 @@ class PackedTrie:
         return offsets, torch.searchsorted(self.target_children, self.sequence_rows(i)[offsets])
 
     def expanded_rows(self) -> Int64[Tensor, " E"]:
-        """`sequence_rows` of all sequences, one after another. Shape (E,), int64.
+        """`sequence_rows` of all sequences, one after another. Shape (E,), int64."""
+        return torch.from_numpy(self._expanded_rows()).to(self.device)
 
-        Climbs all paths at once, from branch to branch.
+    def _expanded_rows(self) -> np.ndarray:
+        """Climbs all paths at once, from branch to branch.
+
+        With numpy: on a CPU torch wakes all its threads for repeat_interleave and searchsorted, which takes longer than
+        the work.
         """
-        rows = torch.arange(self.num_rows, device=self.device)
-        starts = torch.nonzero(self.parent != rows - 1)[:, 0]  # rows that do not follow their parent
-        starts = torch.cat([starts.new_zeros(1), starts])
-        lengths = self.sequence_lengths
-        start = lengths.cumsum(0) - lengths
-        sequence = torch.arange(self.num_sequences, device=self.device)
-        last = self.sequence_ends.long()
-        expanded = self.input_ids.new_empty(self.num_expanded_tokens)
-        while last.numel():
-            first = starts[torch.searchsorted(starts, last, right=True) - 1]
+        parent, position, last = (x.cpu().numpy() for x in (self.parent, self.position_ids, self.sequence_ends))
+        starts = np.flatnonzero(parent != np.arange(-1, self.num_rows - 1))  # rows that do not follow their parent
+        starts = np.concatenate([[0], starts])
+        start = np.concatenate([[0], np.cumsum(position[last] + 1)[:-1]])
+        sequence, last = np.arange(self.num_sequences), last.astype(np.int64)
+        expanded = np.empty(self.num_expanded_tokens, dtype=np.int64)
+        while last.size:
+            first = starts[starts.searchsorted(last, side="right") - 1]
             size = last + 1 - first
-            within = torch.arange(int(size.sum()), device=self.device) - (size.cumsum(0) - size).repeat_interleave(size)
-            expanded[(start[sequence] + self.position_ids[first]).repeat_interleave(size) + within] = (
-                first.repeat_interleave(size) + within
-            )
-            above = self.parent[first].long()
+            within = np.arange(size.sum()) - np.repeat(size.cumsum() - size, size)
+            expanded[np.repeat(start[sequence] + position[first], size) + within] = np.repeat(first, size) + within
+            above = parent[first].astype(np.int64)
             sequence, last = sequence[above >= 0], above[above >= 0]
         return expanded
 
     def trained_tokens(self) -> TrainedTokens:
         """All trained tokens of all sequences, in order, and their targets: `sequence_targets` for every sequence."""
-        chosen = torch.nonzero(self.loss_mask)[:, 0]
-        lengths = self.sequence_lengths
-        sequence = torch.searchsorted(lengths.cumsum(0), chosen, right=True)
-        return TrainedTokens(
-            sequences=sequence,
-            offsets=chosen - (lengths.cumsum(0) - lengths)[sequence],
-            targets=torch.searchsorted(self.target_children, self.expanded_rows()[chosen]),
-        )
+        chosen = np.flatnonzero(self.loss_mask.cpu().numpy())
+        ends = np.cumsum(self.position_ids.cpu().numpy()[self.sequence_ends.cpu().numpy()] + 1)
+        sequence = ends.searchsorted(chosen, side="right")
+        targets = self.target_children.cpu().numpy().searchsorted(self._expanded_rows()[chosen])
+        offsets = chosen - np.concatenate([[0], ends])[sequence]
+        return TrainedTokens(*(torch.from_numpy(x).to(self.device) for x in (sequence, offsets, targets)))
 
     def sequences(self) -> list[Int64[Tensor, " L"]]:
         """The token ids that were merged, one tensor a sequence: the inverse of packing."""

@@ -1,9 +1,13 @@
 """The Qwen3 that the tasks train from scratch: by default 170k parameters, float32, minutes on two CPU cores."""
 
+import math
+import re
 from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+LABEL = re.compile("[0-9][a-z][A-Z]?")
 
 
 def tiny_model(
@@ -15,6 +19,7 @@ def tiny_model(
     heads: int = 4,
     context: int = 2048,
     init: float = 0.08,
+    composed: bool = False,
 ) -> Qwen3ForCausalLM:
     """A random model for a task's tokenizer.
 
@@ -26,6 +31,9 @@ def tiny_model(
         heads: Attention heads, each with its own keys.
         context: Longest sequence.
         init: Standard deviation of the random weights; with 0.02 so small a model learns several times slower.
+        composed: Start the embeddings of a label (7aR), input and output, as sums of one vector a character and its
+            place. What is learned of one label then holds for others; else each pair of labels that a solution looks up
+            is learned by itself, and the rare ones late or never.
     """
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -46,4 +54,20 @@ def tiny_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config)
+        model = Qwen3ForCausalLM(config)
+        if composed:
+            for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+                _compose_labels(weight.data, tokenizer.get_vocab(), init)
+        return model
+
+
+def _compose_labels(weight: torch.Tensor, vocab: dict[str, int], init: float) -> None:
+    """Replace the rows of all labels in `weight` (V, D); their entries keep the standard deviation `init`."""
+    parts: dict[tuple[int, str], torch.Tensor] = {}
+    for label, row in sorted(vocab.items()):
+        if LABEL.fullmatch(label):
+            chosen = list(enumerate(label))
+            for part in chosen:
+                if part not in parts:
+                    parts[part] = torch.randn(weight.shape[1])
+            weight[row] = sum(parts[part] for part in chosen) * (init / math.sqrt(len(chosen)))

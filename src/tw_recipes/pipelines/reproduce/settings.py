@@ -24,6 +24,7 @@ class ModelSize:
         heads: Attention heads.
         context: Longest sequence.
         init: Standard deviation of the random weights.
+        composed: Whether embeddings of labels start as sums over their characters (`tiny_model`).
     """
 
     hidden_size: int = 64
@@ -31,6 +32,7 @@ class ModelSize:
     heads: int = 4
     context: int = 2048
     init: float = 0.08
+    composed: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ PRESETS: dict[str, Settings] = {
         device="cuda",
         threads=8,
         at_once=False,
-        model=ModelSize(hidden_size=512, layers=8, heads=8, context=8192, init=0.02),
+        model=ModelSize(hidden_size=512, layers=8, heads=8, context=8192, init=0.02, composed=True),
         # After 600 common steps and 500 of its own the fork/join loss was still falling, the sequential one was not:
         # fewer for the common start, more of each side's own.
         training=Training(batch=16, start_steps=500, steps=1000, mixed_steps=200),
