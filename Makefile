@@ -52,7 +52,7 @@ test-slow: setup  ## the heavy CPU cases
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow --timeout=1800 $(ARGS)
 
 test-gpu: setup  ## the cases that need an NVIDIA GPU
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-oldest-triton: setup  ## compile the Hopper kernels with the oldest supported Triton as well
 	test -x $(VENV)-triton36/bin/python || $(PYTHON) -m venv $(VENV)-triton36
