@@ -22,7 +22,15 @@ from tests.support.attention_inputs import (
     small_tries,
     star,
 )
-from tests.support.tolerances import Case, assert_as_exact_as_eager, check_case, make_problem, run_impl
+from tests.support.tolerances import (
+    Case,
+    assert_as_exact_as_eager,
+    check_case,
+    exact_results,
+    make_problem,
+    run_eager,
+    run_impl,
+)
 from tw_kernels import trie_attention
 
 CPU_RUNS = [("triton", torch.float16), ("dense", torch.float32), ("dense", torch.float16)]
@@ -131,12 +139,17 @@ def test_no_rows(impl: str, device: str) -> None:
     assert results["out"].shape == (0, 2, 16)
     assert results["lse"].shape == (2, 0)
     assert results["dk"].shape == (0, 1, 16)
-    assert torch.equal(results.get("dsinks", torch.zeros(2)), torch.zeros(2, device=results["out"].device))
+    if "dsinks" in results:
+        assert results["dsinks"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("impl", "device"), gpu_impls("triton", "dense", "varlen"))
 def test_any_strides_with_a_contiguous_last_dimension(impl: str, device: str) -> None:
-    """q, k and v as models make them: slices of one fused projection, or (H, N, D) transposed."""
+    """q, k and v as models make them: slices of one fused projection, or (H, N, D) transposed.
+
+    Our kernels read the same numbers in the same order. Inductor compiles flex anew for other strides, and may add up
+    (dO . O) in another order: there the rule of tolerances.py holds.
+    """
     dtype = torch.float16
     problem = make_problem(Case(FORK_JOIN, heads=(4, 2)), dtype, device)
     n, d = problem.q.shape[0], problem.q.shape[2]
@@ -149,10 +162,14 @@ def test_any_strides_with_a_contiguous_last_dimension(impl: str, device: str) ->
     out = trie_attention(q, k, v, end, impl=impl)
     grad_out = problem.grad_out.transpose(0, 1).contiguous().transpose(0, 1)
     out.backward(grad_out)
+    grads = fused.grad.unflatten(1, (-1, d)).split([4, 2, 2], dim=1)
+    got = {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    if impl == "flex":
+        assert_as_exact_as_eager(got, run_eager(problem), exact_results(problem), dtype)
+        return
     plain = run_impl(problem, impl)
-    assert torch.equal(out, plain["out"])
-    want = torch.cat([plain["dq"], plain["dk"], plain["dv"]], dim=1).reshape(n, -1)
-    assert torch.equal(fused.grad, want)
+    for name, value in got.items():
+        assert torch.equal(value, plain[name]), name
 
 
 @pytest.mark.parametrize(("impl", "device"), gpu_impls("triton", "dense", "varlen"))
@@ -203,6 +220,7 @@ def test_inference_mode_and_training_afterwards(impl: str, device: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(("impl", "device"), gpu_impls("triton", "dense", "varlen"))
 def test_activation_checkpointing(impl: str, device: str, reentrant: bool) -> None:
+    """Bitwise for our kernels; flex is compiled anew where q alone has a gradient, see the strides above."""
     problem = make_problem(Case(NESTED), torch.float16, device)
     end = problem.case.trie.subtree_end.to(device)
     q = problem.q.clone().requires_grad_()
@@ -213,9 +231,13 @@ def test_activation_checkpointing(impl: str, device: str, reentrant: bool) -> No
         else (checkpoint(lambda *a: trie_attention(*a, impl=impl), *args, use_reentrant=True))
     )
     out.backward(problem.grad_out)
+    got = {"out": out.detach(), "dq": q.grad}
+    if impl == "flex":
+        assert_as_exact_as_eager(got, run_eager(problem), exact_results(problem), torch.float16)
+        return
     plain = run_impl(problem, impl)
-    assert torch.equal(out, plain["out"])
-    assert torch.equal(q.grad, plain["dq"])
+    for name, value in got.items():
+        assert torch.equal(value, plain[name]), name
 
 
 @pytest.mark.parametrize(("impl", "device"), gpu_impls("triton", "dense", "varlen"))

@@ -1,8 +1,9 @@
 """Trie attention through torch's FlexAttention and the BlockMask of tw_core.masks.
 
-On a GPU flex_attention is compiled once, with dynamic shapes: neither another length, nor another window, softcap or
-scale compiles again, since all of them reach the kernel as tensors. Elsewhere it runs as torch's eager emulation, whole
-score matrices, forward only (torch refuses its backward on a CPU): for tests.
+On a GPU flex_attention is compiled once for all lengths above one tile (128 rows), with dynamic shapes: neither another
+length, nor another window, softcap or scale compiles again, since all of them reach the kernel as tensors. Shorter
+lengths share a second compilation; one row and exactly one tile have one of their own. Elsewhere it runs as torch's
+eager emulation, whole score matrices, forward only (torch refuses its backward on a CPU): for tests.
 Sinks are applied to the result: with z = exp(lse), attention with a sink s is out * z / (z + exp(s)).
 Guarded by tests/kernels/test_flex.py and test_impls.py.
 """
@@ -46,7 +47,7 @@ def flex_trie_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     mask = once_per_tensor(
         call.subtree_end,
         ("block mask", call.window),
-        lambda alias: block_mask(alias, depth=call.depth, window=call.window),
+        lambda alias: _of_any_length(block_mask(alias, depth=call.depth, window=call.window)),
     )
     # (N, H, D) -> (1, H, N, D)
     q, k, v = (x.transpose(0, 1)[None] for x in (call.q, call.k, call.v))
@@ -58,6 +59,20 @@ def flex_trie_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
             out = (out * torch.sigmoid(lse - sinks).T[:, :, None]).to(out.dtype)
             lse = torch.logaddexp(lse, sinks)
     return out, lse
+
+
+def _of_any_length(mask: BlockMask) -> BlockMask:
+    """The mask with its number of tiles marked as a size of its own.
+
+    Torch takes sizes that are equal at the first call for equal ever after: two tiles, met with two heads, would stay
+    two, and three compile again.
+    """
+    for name, x in vars(mask).items():
+        if isinstance(x, Tensor):
+            x = x.clone()  # a view's base has sizes too
+            torch._dynamo.maybe_mark_dynamic(x, [2, 3][: x.ndim - 2])
+            setattr(mask, name, x)
+    return mask
 
 
 def _layout(call: AttentionCall) -> tuple[object, ...]:
@@ -101,7 +116,11 @@ def _compiled(device_type: str, layout: tuple[object, ...]) -> Callable[..., tup
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, score_mod: Any, mask: BlockMask, grouped: bool) -> tuple[Tensor, Tensor]:
-    aux = AuxRequest(lse=True)
-    out, extra = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=grouped, return_aux=aux)
+    out, extra = flex_attention(
+        *(q, k, v, score_mod, mask),
+        enable_gqa=grouped,
+        kernel_options={"BACKEND": "TRITON"},  # its kernel for decoding takes no more than 128 grouped rows
+        return_aux=AuxRequest(lse=True),
+    )
     assert extra.lse is not None
     return out, extra.lse

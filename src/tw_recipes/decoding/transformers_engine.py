@@ -30,6 +30,8 @@ from tw_recipes.support import unwrap
 _CPU_CACHE_GIB = 1.0
 _CPU_CACHE_TOKENS = 32_768
 _CPU_BATCH_TOKENS = 512
+# Beside a cache of given size transformers would fill the GPU's memory with the attention mask of one forward.
+_GPU_BATCH_TOKENS = 2_048
 
 
 class TransformersEngine:
@@ -46,7 +48,8 @@ class TransformersEngine:
         cache_tokens: Tokens the cache holds. Defaults to what fits 1 GiB (at most 32,768) on a CPU, and to
             `memory_share` of the free memory on a GPU.
         memory_share: Share of the free GPU memory for the cache; None lets transformers choose.
-        max_batch_tokens: Tokens of one forward (prefill is split). Defaults to 512 on a CPU.
+        max_batch_tokens: Tokens of one forward (prefill is split). Defaults to 512 on a CPU, and on a GPU to 2,048 with
+            `cache_tokens`, else to transformers' choice.
         share_prefixes: Whether requests share cached blocks.
     Raises:
         ValueError: No end-of-sequence id is known.
@@ -220,10 +223,11 @@ class TransformersEngine:
         return min(_CPU_CACHE_TOKENS, int(_CPU_CACHE_GIB * 2**30 / per_token))
 
     def _cache_options(self) -> dict[str, Any]:
-        on_cpu = self.model.device.type == "cpu"
-        options: dict[str, Any] = {"max_batch_tokens": self.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else None)}
+        options: dict[str, Any] = {"max_batch_tokens": self.max_batch_tokens}
         if self.cache_tokens is not None:
             options["num_blocks"] = self.cache_tokens // self.page_size
+            on_cpu = self.model.device.type == "cpu"
+            options["max_batch_tokens"] = self.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else _GPU_BATCH_TOKENS)
         if self.memory_share is not None:
             options["max_memory_percent"] = self.memory_share
         return options

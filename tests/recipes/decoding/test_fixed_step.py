@@ -135,10 +135,12 @@ def test_replayed_steps_are_the_steps():
 def test_a_step_that_cannot_be_captured_runs_without_a_graph_and_says_so():
     model = tiny_model("qwen3").cuda()
     handle = model.register_forward_hook(lambda *_: torch.ones(1, device="cuda").item() and None)  # waits: no capture
-    step = begin(FixedSteps(model), model)
+    step, stream = begin(FixedSteps(model), model), torch.cuda.current_stream()
     with pytest.warns(UserWarning, match="without CUDA graphs: Qwen3ForCausalLM"), torch.no_grad():
         found = step(torch.tensor([5], device="cuda"))
     handle.remove()
+    assert torch.cuda.current_stream() == stream
+    assert 0 <= torch.rand(1, device="cuda").item() < 1  # the generator is not left in capture
     with torch.no_grad():
         wanted = model(torch.tensor([[*range(3, 9), 5]], device="cuda")).logits[:, -1]
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

@@ -366,6 +366,7 @@ def test_on_a_gpu_the_trajectories_and_logprobs_are_the_same(options):
     on_cpu = decode(TransformersEngine(forking_model(), page_size=4), *prompts)
     engine = TransformersEngine(forking_model().cuda(), page_size=16, **options)
     for rollout, expected in zip(decode(engine, *prompts), on_cpu, strict=True):
+        assert rollout.complete, rollout.reason
         assert rollout.ids.tolist() == expected.ids.tolist()
         for ours, theirs in zip(rollout.logprobs, expected.logprobs, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)

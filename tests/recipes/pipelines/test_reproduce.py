@@ -202,14 +202,14 @@ def test_bench_writes_what_is_finished_when_its_time_is_used_up(
         (out / "results.json").write_text(finished)
 
     monkeypatch.setattr(command, "reproduce", reproduce)
-    words = ["--seeds", "0", "--ablations", "std_normalisation", "leaky_loss_sft", "--minutes", "5"]
+    words = ["--seeds", "0", "--ablations", "std_normalisation", "leaky_loss_sft", "--minutes", "5", "--rounds", "0"]
     file = tmp_path / "found.json"
     monkeypatch.setattr(sys, "argv", ["bench", *words, "--out", str(tmp_path / "out"), "--results", str(file)])
     assert bench_reproduce.main() == 3
     found = json.loads(file.read_text())
     cases = {row["case"] for row in found["records"]}
     assert cases == {f"{name}{case}" for name in ("", "std_normalisation_") for case in ("seed_0", "mean", "spread")}
-    assert found["meta"]["command"].endswith("--seeds 0 --scale 1.0 --ablations std_normalisation")
+    assert found["meta"]["command"].endswith("--seeds 0 --scale 1.0 --rounds 0 --ablations std_normalisation")
     monkeypatch.setattr(command, "reproduce", lambda *args, **kwargs: _raise(OutOfTime("before the first")))
     file.unlink()
     assert bench_reproduce.main() == 3
