@@ -154,7 +154,7 @@ def main() -> int:
     if not rows:
         return OUT_OF_TIME
     words = [f"--preset {options.preset}", f"--seeds {' '.join(map(str, options.seeds))}"]
-    told = {n: v for n, v in shared.items() if v not in (None, False) and n != "threads"}
+    told = {n: v for n, v in shared.items() if v is not None and v is not False and n != "threads"}
     words += [f"--{n.replace('_', '-')}" + (f" {v}" if v is not True else "") for n, v in told.items()]
     words += ["--at-once"] if options.at_once else []
     words += ["--only-ablations"] if options.only_ablations else []
