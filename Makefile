@@ -4,6 +4,7 @@ VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRAS      ?= kernels,recipes,dev
 WORKERS     ?= 2
+GPU_WORKERS ?= 8
 # WHEEL=1 installs the built wheel instead of the working tree (CI tests what a user would install).
 WHEEL       ?=
 OUT         ?= out/quickstart
