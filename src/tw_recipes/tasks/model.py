@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-LABEL = re.compile("[0-9][a-z][A-Z]?")
+_LABEL = re.compile("[0-9][a-z][A-Z]?")  # number, kind and place of a digit, as the tasks write them
 
 
 def tiny_model(
@@ -65,7 +65,7 @@ def _compose_labels(weight: torch.Tensor, vocab: dict[str, int], init: float) ->
     """Replace the rows of all labels in `weight` (V, D); their entries keep the standard deviation `init`."""
     parts: dict[tuple[int, str], torch.Tensor] = {}
     for label, row in sorted(vocab.items()):
-        if LABEL.fullmatch(label):
+        if _LABEL.fullmatch(label):
             chosen = list(enumerate(label))
             for part in chosen:
                 if part not in parts:
