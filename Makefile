@@ -52,7 +52,7 @@ test: setup  ## the default suite (CPU); tw_core's part with its array shapes ch
 test-slow: setup  ## the heavy CPU cases
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow --timeout=1800 $(ARGS)
 
-test-gpu: setup  ## the cases that need an NVIDIA GPU, in eight processes: three minutes on an H100
+test-gpu: setup  ## the cases that need an NVIDIA GPU, in eight processes
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(GPU_WORKERS) -m gpu $(ARGS)
 
 test-oldest-triton: setup  ## compile the Hopper kernels with the oldest supported Triton as well

@@ -45,13 +45,13 @@ from peft import LoraConfig
 from tests.support.grpo import make_trainer
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import GRPOTrainer
 
 from tw_core import PackedTrie, ReasoningTrie, Unit
 from tw_core.flops import ATTENTION_BACKWARD, LINEAR_BACKWARD, Work, expanded_work, flops, trie_work
 from tw_recipes import TrieGRPOTrainer
 from tw_recipes.grpo.layout import PackedForward, ScoredSequences, scored_sequences
+from tw_recipes.pipelines.training import compile_layers
 
 GROUP = 8
 _QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
@@ -209,9 +209,7 @@ def build(shape: Shape, kind: str, device: torch.device, impl: str, compiled: bo
     trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.model.train()
     if compiled:
-        for module in trainer.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.compile(dynamic=True)
+        compile_layers(trainer.model)
     return trainer
 
 

@@ -156,7 +156,8 @@ class PackedTrie:
         parent, position, last = (x.cpu().numpy() for x in (self.parent, self.position_ids, self.sequence_ends))
         starts = np.flatnonzero(parent != np.arange(-1, self.num_rows - 1))  # rows that do not follow their parent
         starts = np.concatenate([[0], starts])
-        start = np.concatenate([[0], np.cumsum(position[last] + 1)[:-1]])
+        lengths = self.sequence_lengths.cpu().numpy()
+        start = lengths.cumsum() - lengths
         sequence, last = np.arange(self.num_sequences), last.astype(np.int64)
         expanded = np.empty(self.num_expanded_tokens, dtype=np.int64)
         while last.size:
@@ -171,10 +172,11 @@ class PackedTrie:
     def trained_tokens(self) -> TrainedTokens:
         """All trained tokens of all sequences, in order, and their targets: `sequence_targets` for every sequence."""
         chosen = np.flatnonzero(self.loss_mask.cpu().numpy())
-        ends = np.cumsum(self.position_ids.cpu().numpy()[self.sequence_ends.cpu().numpy()] + 1)
+        lengths = self.sequence_lengths.cpu().numpy()
+        ends = lengths.cumsum()
         sequence = ends.searchsorted(chosen, side="right")
         targets = self.target_children.cpu().numpy().searchsorted(self._expanded_rows()[chosen])
-        offsets = chosen - np.concatenate([[0], ends])[sequence]
+        offsets = chosen - (ends - lengths)[sequence]
         return TrainedTokens(*(torch.from_numpy(x).to(self.device) for x in (sequence, offsets, targets)))
 
     def sequences(self) -> list[Int64[Tensor, " L"]]:

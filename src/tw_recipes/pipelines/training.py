@@ -14,6 +14,7 @@ import datasets
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
@@ -139,11 +140,17 @@ def train(
     return Trained(steps, *_count(trainer.train_dataset, tries), curve)
 
 
-@contextlib.contextmanager
-def _compiled_layers(model: Any, compiled: bool) -> Iterator[None]:
-    layers = [module for module in model.modules() if compiled and isinstance(module, GradientCheckpointingLayer)]
+def compile_layers(model: nn.Module) -> list[nn.Module]:
+    """Compile each decoder layer of `model` with Inductor, for all lengths at once; returns the layers."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer.compile(dynamic=True)
+    return layers
+
+
+@contextlib.contextmanager
+def _compiled_layers(model: Any, compiled: bool) -> Iterator[None]:
+    layers = compile_layers(model) if compiled else []
     try:
         yield
     finally:
