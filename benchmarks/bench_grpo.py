@@ -3,10 +3,12 @@
     python -m benchmarks.bench_grpo --out DIR/grpo-h100.json     Qwen3-4B with LoRA and Qwen3-0.6B in full, one GPU
     python -m benchmarks.bench_grpo --tiny --out FILE            the same code on a CPU (its test)
     … --compile                                                  with the layers compiled, on both sides; "_compiled"
+    … --graphs                                                   graph_rows=16384 for the trie; cases "_graphs"
 
 A step is what the trainers do with a scored micro-batch: `compute_loss` (with its metrics), backward, clipping, AdamW.
 Both have random weights of the shape, bfloat16, activation checkpointing and TRL's fused head; step_ms is the median of
-`--repeats` steps after one that warms up (fewer where they last longer than `--seconds`), peak_mib the allocator's
+`--repeats` steps after one that warms up (fewer where they last longer than `--seconds`; first_step_ms is its own time,
+with what is compiled and captured in it), peak_mib the allocator's
 peak without the other trainer's model, step_mib that peak less what was allocated before the step (weights, optimizer
 state). The trie runs through impl="auto"; meta says which that was. Both trainers stand side by side, and the JSON is
 written after every case.
@@ -54,6 +56,7 @@ from tw_recipes.grpo.layout import PackedForward, ScoredSequences, scored_sequen
 from tw_recipes.pipelines.training import compile_layers
 
 GROUP = 8
+GRAPH_ROWS = 16384
 _QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
 
 
@@ -186,13 +189,16 @@ def _inputs(prompt_ids: Tensor, completion_ids: Tensor, mask: Tensor, draw: torc
     }
 
 
-def build(shape: Shape, kind: str, device: torch.device, impl: str, compiled: bool = False) -> GRPOTrainer:
+def build(
+    shape: Shape, kind: str, device: torch.device, impl: str, compiled: bool = False, graph_rows: int = 0
+) -> GRPOTrainer:
     """A trainer of `kind` "stock", "trie" or "units" around a random model, the same for each kind."""
     torch.manual_seed(0)
     with torch.device(device):
         config = Qwen3Config(**shape.config, max_position_embeddings=65536, pad_token_id=0)
         model = Qwen3ForCausalLM(config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     options: dict[str, Any] = {"attention_impl": impl, "max_tokens_per_forward": 2**20} if kind != "stock" else {}
+    options |= {"graph_rows": graph_rows} if kind == "trie" else {}
     trainer = make_trainer(
         "stock" if kind == "stock" else "trie",
         tempfile.mkdtemp(),
@@ -256,7 +262,7 @@ def measure(trainer: GRPOTrainer, batch: Batch, repeats: int, limit: float, othe
         seconds.append(time.perf_counter() - start)
         if step and sum(seconds[1:]) > limit:
             break
-    figures["step_ms"] = 1e3 * median(seconds[1:])
+    figures |= {"step_ms": 1e3 * median(seconds[1:]), "first_step_ms": 1e3 * seconds[0]}
     if cuda:
         peak = torch.cuda.max_memory_allocated()
         figures |= {"peak_mib": (peak - beside) / 2**20, "step_mib": (peak - before) / 2**20}
@@ -289,6 +295,7 @@ def run_shape(
     repeats: int,
     limit: float,
     compiled: bool = False,
+    graph_rows: int = 0,
 ) -> Iterator[list[dict[str, Any]]]:
     """The records of each case of one shape; a trainer is built when a case first needs it, and kept."""
     shape = SHAPES[name]
@@ -301,7 +308,7 @@ def run_shape(
         found: dict[str, Measured] = {}
         for kind in (other, "trie"):
             if kind not in trainers:
-                trainers[kind] = build(shape, kind, device, impls.get(kind, ""), compiled)
+                trainers[kind] = build(shape, kind, device, impls.get(kind, ""), compiled, graph_rows)
             try:
                 found[kind] = measure(trainers[kind], batch, repeats, limit, found.get(other))
                 print(f"{name} {case} {kind} {found[kind].figures}", flush=True)
@@ -314,7 +321,7 @@ def run_shape(
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
         else:
-            label = f"{name}{'_compiled' if compiled else ''}/{case}"
+            label = f"{name}{'_compiled' if compiled else ''}{'_graphs' if graph_rows else ''}/{case}"
             yield case_records(label, config, shape.lora, batch, found[other], found["trie"], other)
 
 
@@ -334,7 +341,7 @@ def case_records(
     for metric, of in (("memory_ratio", "peak_mib"), ("step_memory_ratio", "step_mib")):
         if of in trie.figures:
             ratios[metric] = other.figures[of] / trie.figures[of]
-    units = {"step_ms": "ms", "peak_mib": "MiB", "step_mib": "MiB"}
+    units = {"step_ms": "ms", "first_step_ms": "ms", "peak_mib": "MiB", "step_mib": "MiB"}
     records = []
     for impl, figures in (("trie", trie.figures | ratios), (other_name, other.figures)):
         for metric, value in figures.items():
@@ -354,6 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="no further timed step of a case after this time")
     parser.add_argument("--impl", default="auto", help="implementation of the trie run")
     parser.add_argument("--compile", action="store_true", help="compile the layers of both sides")
+    parser.add_argument("--graphs", action="store_true", help="replay the layers of the trie as CUDA graphs")
     parser.add_argument("--tiny", action="store_true", help="toy models on the CPU")
     parser.add_argument("--out", default="grpo", help="a .json file; default benchmarks/results/grpo-<device>.json")
     parser.add_argument("--merge", type=read_results, help="results file to add to: other (case, impl) pairs are kept")
@@ -367,7 +375,8 @@ def main(argv: list[str] | None = None) -> int:
         cases = args.cases.split(",") if args.cases else CASES[name]
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         used = args.impl if args.impl != "auto" else auto_choice(SHAPES[name].config, device, dtype)
-        for found in run_shape(name, cases, device, impls, args.repeats, args.seconds, args.compile):
+        graph_rows = GRAPH_ROWS if args.graphs else 0
+        for found in run_shape(name, cases, device, impls, args.repeats, args.seconds, args.compile, graph_rows):
             records += found
             write_records(
                 *(args.out, records),

@@ -12,8 +12,6 @@ Tests: tests/recipes/decoding/test_fixed_step.py.
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from tw_recipes import _compat
+from tw_recipes.captures import capturing, clear_up
 
 ROOM = 256
 """Tokens that buffers grow by. A capture takes about as long as two steps without a graph."""
@@ -174,40 +173,15 @@ class FixedStep:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with _capturing(graph):
+            with capturing(graph):
                 at.logits = self._forward()
         except RuntimeError as error:
             self.steps.captures = False
-            _clear_up(graph)
+            clear_up(graph)
             message = str(error).partition("\n")[0]
             warnings.warn(f"decoding runs without CUDA graphs: {type(self.model).__name__}: {message}", stacklevel=2)
         else:
             at.graph = graph
-
-
-@contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """Capture a block; the current stream is restored also where that fails."""
-    with (
-        torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
-    ):
-        yield
-
-
-_FAILED: list[torch.cuda.CUDAGraph] = []
-
-
-def _clear_up(graph: torch.cuda.CUDAGraph) -> None:
-    """Undo what a failed capture leaves behind, by one that succeeds.
-
-    Torch (seen in 2.11) takes the device's generator for one in capture: whatever draws, and replays of other graphs,
-    raise "Offset increment outside graph capture". The allocators go on asking the failed graph, so it must live.
-    """
-    number, small = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
-    _FAILED.extend((graph, small))
-    with suppress(RuntimeError), _capturing(small):
-        number.add_(1)
 
 
 class _Buffers:

@@ -17,6 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
 from tw_recipes.attention import native_attention
+from tw_recipes.checkpoint_graphs import CheckpointGraphs, padded_rows
 from tw_recipes.grpo.layout import (
     NO_TOKEN,
     PackedForward,
@@ -46,6 +47,7 @@ class TrieLogps:
     """
 
     _structure = Structure()
+    _graphs: CheckpointGraphs | None = None
     _verified = False
     _logical_tokens = 0
     _computed_tokens = 0
@@ -133,7 +135,13 @@ class TrieLogps:
         self, model: nn.Module, forward: PackedForward, compute_entropy: bool, compute_aux_loss: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs and entropies (T,) of one packed row, and its load-balancing loss."""
-        packed = forward.packed.to(self.accelerator.device)
+        packed = forward.packed
+        if self.args.graph_rows and torch.is_grad_enabled() and self.model.training:
+            self._graphs = self._graphs or CheckpointGraphs(self.args.graph_rows)
+            self._graphs.install(self.model)
+            if (size := padded_rows(packed.num_rows)) <= self.args.graph_rows:
+                packed = packed.pad_to(size)
+        packed = packed.to(self.accelerator.device)
         targets = forward.targets.to(packed.device)
         with self.accelerator.autocast():
             output = model(

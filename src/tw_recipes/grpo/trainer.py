@@ -54,6 +54,11 @@ class TrieGRPOTrainer(TrieLogps, GroupedBatches, GRPOTrainer):
             )
         super().__init__(model, reward_funcs, args, **kwargs)
         prepare_for_tries(self, *(each for each in (self.model, self.ref_model) if each is not None))
+        if args.graph_rows and (self.is_fsdp_enabled or self.is_deepspeed_enabled or self.aux_loss_enabled):
+            raise ValueError(
+                f"graph_rows must be 0 with FSDP, DeepSpeed or a load-balancing loss, got {args.graph_rows}: graphs "
+                "hold fixed where parameters lie, and replay no hooks"
+            )
         self._update_seconds = 0.0
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ import torch
 from benchmarks.bench_grpo import main
 
 from benchmarks import bench_grpo
+from tw_recipes import checkpoint_graphs
 
 
 def test_the_benchmark_runs_and_agrees(tmp_path):
@@ -27,6 +28,18 @@ def test_the_benchmark_runs_and_agrees(tmp_path):
             values["trie", "speedup"] / values["trie", "flop_ratio"], rel=1e-4
         )
         assert values["trie", "sharing_ratio"] > values["trie", "flop_ratio"] > 2
+
+
+def test_graphs_have_the_same_gradients(tmp_path, monkeypatch):
+    used = []
+    forward = checkpoint_graphs._LayerGraphs.forward
+    monkeypatch.setattr(checkpoint_graphs._LayerGraphs, "forward", lambda self: (used.append(self), forward(self)))
+    words = ["--tiny", "--graphs", "--repeats", "1", "--cases", "p24_c8", "--out", str(tmp_path / "grpo.json")]
+    assert main(words) == 0
+    records = json.loads((tmp_path / "grpo.json").read_text())["records"]
+    assert {record["case"] for record in records} == {"tiny_lora_graphs/p24_c8", "tiny_full_graphs/p24_c8"}
+    assert all(record["value"] < 1e-4 for record in records if record["metric"] == "gradient_difference")
+    assert len(set(used)) == 4  # layers of the two models
 
 
 @pytest.mark.slow  # Inductor compiles C++ for a minute

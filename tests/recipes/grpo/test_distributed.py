@@ -50,6 +50,7 @@ def _ddp(directory: str) -> None:
         ("chains_split", chain_rollouts, SPLIT | UNEVEN),
         ("chains_whole", chain_rollouts, WHOLE | UNEVEN | {"max_tokens_per_forward": 54}),
         ("branching", branching_rollouts, WHOLE | UNEVEN),
+        ("graphs", branching_rollouts, WHOLE | UNEVEN | {"graph_rows": 1024}),
     ):
         trainer = make_trainer(
             "trie", f"{directory}/{name}", prompts=LONG_FIRST, rollout_func=rollouts, **options, **UPDATES
@@ -111,6 +112,7 @@ def two_processes(tmp_path_factory):
         ("chains_split", "stock", chain_rollouts, GROUP),
         ("chains_whole", "stock", chain_rollouts, 2 * GROUP),
         ("branching", "trie", branching_rollouts, 2 * GROUP),  # which equals its paths: test_logps.py
+        ("graphs", "trie", branching_rollouts, 2 * GROUP),
     ],
 )
 def test_ddp_equals_one_process(two_processes, tmp_path, name, kind, rollouts, size):
