@@ -6,8 +6,7 @@
     … --at-once         first trains and evaluates all of it at the same time, a process a side; then the wall clocks
     … --reuse           takes the results.json of runs that are there already
     … --merge FILE      keeps FILE's other seeds and ablations; means are over all seeds
-    … --only-ablations  the ablations' fork/join side alone, for a FILE that has the method as it is; as_it_is among
-                        them is the method again
+    … --only-ablations  the ablations' fork/join side alone, for a FILE that has the method as it is
 
 When --minutes are used up, the file holds the runs that are finished, and the exit status is 3. With --at-once a
 trainer of the h100 preset takes up to 25 GB, and total_seconds are those of a shared device.
@@ -39,7 +38,6 @@ from tw_recipes.pipelines.reproduce.sides import Worker
 from tw_recipes.pipelines.reproduce.stages import OUT_OF_TIME
 
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "as_it_is": {"clocks": False},
     "std_normalisation": {"std_normalisation": True, "clocks": False},
     "leaky_loss": {"leaky_loss": True, "clocks": False},
     "leaky_loss_sft": {"leaky_loss": True, "clocks": False, "rounds": 0, "rl_steps": 0},

@@ -1,6 +1,6 @@
-"""Capturing CUDA graphs, such that a capture that fails leaves nothing behind.
+"""Capturing CUDA graphs: what a graph holds fixed of a model, and captures that leave nothing behind when they fail.
 
-Tests: tests/recipes/decoding/test_fixed_step.py.
+Tests: tests/recipes/decoding/test_fixed_step.py and tests/recipes/test_checkpoint_graphs.py.
 """
 
 from collections.abc import Iterator
@@ -8,6 +8,23 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from torch import nn
+
+
+def held_fixed(module: nn.Module) -> list[Any]:
+    """What graphs hold fixed of a module: where its parameters lie, which are trained, its hooks, its PEFT adapters."""
+    held: list[Any] = []
+    for part in module.modules():  # once, and without the generators of named parameters: graphs ask at every call
+        held += [(own.data_ptr(), own.requires_grad) for own in part._parameters.values() if own is not None]
+        held += (*part._forward_hooks, *part._forward_pre_hooks)
+        if adapts(part):
+            held.append((part.disable_adapters, part.merged, *part.active_adapters))
+    return held
+
+
+def adapts(part: nn.Module) -> bool:
+    """Whether a module is a layer of PEFT."""
+    return "base_layer" in part._modules
 
 
 @contextmanager

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tw_recipes import hybrid
-from tw_recipes.captures import capturing, clear_up
+from tw_recipes.captures import capturing, clear_up, held_fixed
+from tw_recipes.support import decoder_layers
 
 LEAST = 128
 
@@ -39,32 +39,34 @@ def padded_rows(rows: int) -> int:
 
 
 class CheckpointGraphs:
-    """A function for `GradientCheckpointingLayer`s in place of `torch.utils.checkpoint.checkpoint`.
+    """A function for the layers of a model in place of `torch.utils.checkpoint.checkpoint`.
 
     Args:
+        model: Its decoder layers, as they are now.
         largest: Longer rows, and rows that are not of one of the sizes, go to the function that was there before.
 
     Raises:
         GraphError: (at a layer's first call of a size) The layer cannot be captured; the message says why.
     """
 
-    def __init__(self, largest: int) -> None:
+    def __init__(self, model: nn.Module, largest: int) -> None:
         self.largest = largest
+        self._of_model = decoder_layers(model)
         self._shapes: dict[Any, _Shape] = {}
         self._layers: dict[nn.Module, dict[Any, _LayerGraphs]] = {}
         self._gradients: dict[Any, Tensor] = {}
         self._pool: Any = None
 
-    def install(self, model: nn.Module) -> None:
-        """Take the place of the checkpointing function of every layer of `model` that checkpoints now.
+    def install(self) -> None:
+        """Take the place of the checkpointing function of every layer that checkpoints now.
 
-        Enabling checkpointing anew undoes it; installing again costs next to nothing.
+        Enabling checkpointing anew undoes it; installing again changes nothing.
         """
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
-                before = layer._gradient_checkpointing_func
-                if not (isinstance(before, partial) and getattr(before.func, "__self__", None) is self):
-                    layer._gradient_checkpointing_func = partial(self._checkpoint, layer, before)
+        for layer in self._of_model:
+            before = getattr(layer, "_gradient_checkpointing_func", None)
+            ours = isinstance(before, partial) and getattr(before.func, "__self__", None) is self
+            if layer.gradient_checkpointing and not ours:
+                layer._gradient_checkpointing_func = partial(self._checkpoint, layer, before)
 
     @torch.compiler.disable
     def _checkpoint(self, layer: nn.Module, before: Callable[..., Any], function: Any, *args: Any) -> Any:
@@ -88,7 +90,7 @@ class CheckpointGraphs:
         self, layer: nn.Module, key: Any, function: Any, rows: Tensor, leaves: list[Any], spec: TreeSpec
     ) -> "_LayerGraphs":
         known = self._layers.setdefault(layer, {})
-        state = _state(layer)
+        state = held_fixed(layer)
         if key in known and known[key].state == state:
             return known[key]
         known.pop(key, None)
@@ -259,17 +261,6 @@ class _Replayed(torch.autograd.Function):
 
 def _kind(x: Tensor) -> tuple[Any, ...]:
     return (tuple(x.shape), x.stride(), x.dtype, x.device)
-
-
-def _state(layer: nn.Module) -> Any:
-    """What graphs hold fixed of a layer: where its parameters lie, which are trained, its hooks, which adapters act."""
-    parameters = [(parameter.data_ptr(), parameter.requires_grad) for parameter in layer.parameters()]
-    others: list[Any] = []
-    for module in layer.modules():
-        others += (*module._forward_hooks, *module._forward_pre_hooks)
-        if hasattr(module, "base_layer"):  # of PEFT
-            others.append((module.disable_adapters, module.merged, *module.active_adapters))
-    return parameters, others
 
 
 def _check(layer: nn.Module, keywords: dict[str, Any], leaves: list[Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tw_core import ReasoningTrie
 from tw_core.errors import ThreadWeaverError
@@ -37,6 +38,11 @@ def unwrap(model: nn.Module) -> Any:
             model = model.module
         else:
             return model
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The layers of a model, wrapped or not, that activation checkpointing treats as one each."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def check_architecture(model: nn.Module) -> None:

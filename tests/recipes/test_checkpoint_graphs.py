@@ -10,13 +10,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.support.grpo import make_trainer, train
 from tests.support.models import tiny_model
 from tw_core import ReasoningTrie
 from tw_recipes import install
 from tw_recipes.checkpoint_graphs import CheckpointGraphs, GraphError, padded_rows
+from tw_recipes.support import decoder_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")
 
@@ -45,8 +45,8 @@ def packed(seed, rows=128, device="cpu"):
     return trie.pad_to(rows).to(device), weights.to(device)
 
 
-def ready(family="qwen3", lora=False, device="cpu", dtype=torch.float32, graphs=None):
-    """A model that checkpoints, by torch's function or by `graphs`; the same weights each time."""
+def ready(family="qwen3", lora=False, device="cpu", dtype=torch.float32):
+    """A model that checkpoints by torch's function; the same weights each time."""
     torch.manual_seed(0)
     model = tiny_model(family).to(device=device, dtype=dtype)
     if lora:
@@ -54,20 +54,25 @@ def ready(family="qwen3", lora=False, device="cpu", dtype=torch.float32, graphs=
     install(model, probe=False)
     model.train()
     enable(model)
-    if graphs is not None:
-        graphs.install(model)
     return model
+
+
+def graphed(model, rows=512):
+    """Graphs of a model, installed."""
+    graphs = CheckpointGraphs(model, rows)
+    graphs.install()
+    return graphs
 
 
 def enable(model):
     """What `gradient_checkpointing_enable` does, whose name changes with the version of transformers."""
-    for layer in layers_of(model):
+    for layer in decoder_layers(model):
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def backward(model, trie, weights):
-    """Backward of a weighted sum of the hidden states; returns them."""
+def score(model, trie, weights):
+    """A weighted sum of the hidden states, and those."""
     backbone = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
     out = backbone(
         input_ids=trie.input_ids[None],
@@ -75,8 +80,14 @@ def backward(model, trie, weights):
         subtree_end=trie.subtree_end[None],
         use_cache=False,
     ).last_hidden_state
-    (out * weights.to(out.dtype)).sum().backward()
-    return out.detach()
+    return (out * weights.to(out.dtype)).sum(), out.detach()
+
+
+def backward(model, trie, weights):
+    """Backward of `score`; returns the hidden states."""
+    total, out = score(model, trie, weights)
+    total.backward()
+    return out
 
 
 def gradients(model):
@@ -89,14 +100,10 @@ def assert_same(found, wanted, **tolerance):
         torch.testing.assert_close(found[name], wanted[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
 def check_steps(family, lora, device, dtype, **tolerance):
-    """Three steps with other rows, another size and other weights each time; two forwards before one backward."""
-    graphs = CheckpointGraphs(512)
-    stock, ours = ready(family, lora, device, dtype), ready(family, lora, device, dtype, graphs)
+    """Three steps with other rows, another size and other weights each time; gradients of two rows add up."""
+    stock, ours = (ready(family, lora, device, dtype) for _ in range(2))
+    graphs = graphed(ours)
     for seed, rows in ((0, 128), (1, 256), (2, 128)):
         batch = packed(seed, rows, device)
         for model in (stock, ours):
@@ -110,7 +117,7 @@ def check_steps(family, lora, device, dtype, **tolerance):
                 for parameter in model.parameters():
                     if parameter.requires_grad:
                         parameter.mul_(1.01)
-    assert all(len(graphs._layers[layer]) == 2 for layer in layers_of(ours))
+    assert all(len(graphs._layers[layer]) == 2 for layer in decoder_layers(ours))
     return graphs, ours
 
 
@@ -125,13 +132,13 @@ def test_gradients_are_those_of_checkpointing(family, lora):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_replays_are_those_of_checkpointing(family, lora):
     graphs, model = check_steps(family, lora, "cuda", torch.float32, atol=1e-4, rtol=1e-4)
-    assert all(one._graphs is not None for layer in layers_of(model) for one in graphs._layers[layer].values())
+    assert all(one._graphs is not None for layer in decoder_layers(model) for one in graphs._layers[layer].values())
 
 
 @pytest.mark.gpu
 def test_graphs_share_their_memory():
-    graphs = CheckpointGraphs(512)
-    model = ready(device="cuda", graphs=graphs)
+    model = ready(device="cuda")
+    graphed(model)
     backward(model, *packed(0, 128, "cuda"))
     before = torch.cuda.memory_allocated()
     backward(model, *packed(1, 256, "cuda"))
@@ -142,8 +149,9 @@ def test_graphs_share_their_memory():
 
 @pytest.mark.gpu
 def test_a_layer_that_waits_for_the_gpu_is_refused_and_leaves_nothing_in_capture():
-    model = ready(device="cuda", graphs=CheckpointGraphs(512))
-    mlp = layers_of(model)[0].mlp
+    model = ready(device="cuda")
+    graphed(model)
+    mlp = decoder_layers(model)[0].mlp
     run = mlp.forward
     mlp.forward = lambda x: run(x) * x.sum().item() ** 0
     with pytest.raises(GraphError, match=r"cannot be replayed as CUDA graphs.*graph_rows=0"):
@@ -152,26 +160,17 @@ def test_a_layer_that_waits_for_the_gpu_is_refused_and_leaves_nothing_in_capture
 
 
 def test_two_forwards_before_their_backwards():
-    graphs = CheckpointGraphs(512)
-    stock, ours = ready(), ready(graphs=graphs)
+    stock, ours = ready(), ready()
+    graphed(ours)
     for model in (stock, ours):
-        total = 0
-        for seed in (0, 1):
-            trie, weights = packed(seed)
-            out = model.model(
-                input_ids=trie.input_ids[None],
-                position_ids=trie.position_ids[None],
-                subtree_end=trie.subtree_end[None],
-                use_cache=False,
-            ).last_hidden_state
-            total = total + (out * weights).sum()
+        total = sum(score(model, *packed(seed))[0] for seed in (0, 1))
         total.backward()
     assert_same(gradients(ours), gradients(stock), atol=1e-5, rtol=1e-5)
 
 
 def test_other_rows_take_the_function_that_was_there():
-    graphs = CheckpointGraphs(256)
-    stock, ours = ready(), ready(graphs=graphs)
+    stock, ours = ready(), ready()
+    graphs = graphed(ours, 256)
     for rows in (384, 200):  # too many; not one of the sizes
         batch = packed(0, rows)
         backward(stock, *batch)
@@ -181,10 +180,10 @@ def test_other_rows_take_the_function_that_was_there():
 
 
 def test_graphs_are_made_anew_for_other_parameters_and_adapters():
-    graphs = CheckpointGraphs(512)
-    model = ready(lora=True, graphs=graphs)
+    model = ready(lora=True)
+    graphs = graphed(model)
     model.enable_input_require_grads()  # or nothing is trained while the adapters are off
-    layer = layers_of(model)[0]
+    layer = decoder_layers(model)[0]
     backward(model, *packed(0))
     (first,) = graphs._layers[layer].values()
     backward(model, *packed(1))
@@ -202,26 +201,26 @@ def test_graphs_are_made_anew_for_other_parameters_and_adapters():
 
 
 def test_installing_again_changes_nothing_and_enabling_again_undoes_it():
-    graphs = CheckpointGraphs(512)
-    model = ready(graphs=graphs)
-    before = [layer._gradient_checkpointing_func for layer in layers_of(model)]
-    graphs.install(model)
-    assert [layer._gradient_checkpointing_func for layer in layers_of(model)] == before
+    model = ready()
+    graphs = graphed(model)
+    before = [layer._gradient_checkpointing_func for layer in decoder_layers(model)]
+    graphs.install()
+    assert [layer._gradient_checkpointing_func for layer in decoder_layers(model)] == before
     enable(model)
     backward(model, *packed(0))
     assert not graphs._layers
 
 
 def hook(model):
-    layers_of(model)[1].mlp.register_forward_hook(lambda *_: None)
+    decoder_layers(model)[1].mlp.register_forward_hook(lambda *_: None)
 
 
 def dropout(model):
-    layers_of(model)[1].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.1))
+    decoder_layers(model)[1].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.1))
 
 
 def argument(model):
-    layer = layers_of(model)[1]
+    layer = decoder_layers(model)[1]
     before = layer._gradient_checkpointing_func
 
     def with_more(function, *args):
@@ -236,7 +235,8 @@ def argument(model):
     [(hook, "mlp has hooks"), (dropout, r"mlp.act_fn.1 drops out with p=0.1"), (argument, "a object among its argu")],
 )
 def test_what_a_replay_would_leave_out_is_refused(spoil, message):
-    model = ready(graphs=CheckpointGraphs(512))
+    model = ready()
+    graphed(model)
     spoil(model)
     with pytest.raises(GraphError, match=f"DecoderLayer cannot be replayed as CUDA graphs: {message}"):
         backward(model, *packed(0))

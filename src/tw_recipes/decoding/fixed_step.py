@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from tw_recipes import _compat
-from tw_recipes.captures import capturing, clear_up
+from tw_recipes.captures import adapts, capturing, clear_up, held_fixed
 
 ROOM = 256
 """Tokens that buffers grow by. A capture takes about as long as two steps without a graph."""
@@ -91,13 +91,10 @@ class FixedSteps:
             self._kept.popitem(last=False)
 
     def _fingerprint(self) -> Any:
-        hooks: list[int] = []
-        for module in self.model.modules():
-            if hasattr(module, "base_layer"):  # of PEFT
-                return None
-            hooks += (*module._forward_hooks, *module._forward_pre_hooks)
+        if any(map(adapts, self.model.modules())):
+            return None
         forward = getattr(self.model.forward, "__func__", self.model.forward)
-        return [parameter.data_ptr() for parameter in self.model.parameters()], hooks, id(forward)
+        return held_fixed(self.model), id(forward)
 
 
 class FixedStep:

@@ -23,7 +23,7 @@ class TrieGRPOConfig(GRPOConfig):
     graph_rows: int = field(
         default=0,
         metadata={
-            "help": "Replay the layers of forwards of up to so many rows as CUDA graphs (8192, say): faster where a "
+            "help": "Replay the layers of forwards of up to so many rows as CUDA graphs (16384, say): faster where a "
             "step is bound by the host. Rows are padded by up to an eighth. 0: no graphs."
         },
     )

@@ -137,8 +137,8 @@ class TrieLogps:
         """Log-probs and entropies (T,) of one packed row, and its load-balancing loss."""
         packed = forward.packed
         if self.args.graph_rows and torch.is_grad_enabled() and self.model.training:
-            self._graphs = self._graphs or CheckpointGraphs(self.args.graph_rows)
-            self._graphs.install(self.model)
+            self._graphs = self._graphs or CheckpointGraphs(self.model, self.args.graph_rows)
+            self._graphs.install()
             if (size := padded_rows(packed.num_rows)) <= self.args.graph_rows:
                 packed = packed.pad_to(size)
         packed = packed.to(self.accelerator.device)

@@ -16,7 +16,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
 from tw_recipes import _compat
@@ -25,6 +24,7 @@ from tw_recipes.pipelines.checkpoints import Checkpoints
 from tw_recipes.pipelines.optimizer import MuonAdamW
 from tw_recipes.sft.config import TrieSFTConfig
 from tw_recipes.sft.trainer import TrieSFTTrainer
+from tw_recipes.support import decoder_layers
 
 BATCH = 8
 MUON_LR, ADAMW_LR = 0.02, 4e-3
@@ -142,7 +142,7 @@ def train(
 
 def compile_layers(model: nn.Module) -> list[nn.Module]:
     """Compile each decoder layer of `model` with Inductor, for all lengths at once; returns the layers."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     for layer in layers:
         layer.compile(dynamic=True)
     return layers
